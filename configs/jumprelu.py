@@ -1,0 +1,64 @@
+"""JumpReLU autoencoders in the manner of Gemma Scope (arXiv 2408.05147).
+
+python launch/train.py --workdir=runs/a --config=configs/jumprelu.py:demo
+':gemma_scope' has the paper's numbers, ':demo' fits the quickstart's store.
+"""
+
+from ml_collections import ConfigDict
+
+from sae_jax.paths import cache_dir
+from sae_jax.train.config import base_config
+
+
+def get_config(arg: str = 'gemma_scope') -> ConfigDict:
+  """arg: 'gemma_scope' or 'demo'."""
+  c = base_config()
+  c.act.name = 'jumprelu'
+  if arg == 'gemma_scope':
+    return gemma_scope(c)
+  if arg == 'demo':
+    return demo(c)
+  raise ValueError(f'configs/jumprelu.py:{arg}: use gemma_scope or demo')
+
+
+def gemma_scope(c: ConfigDict) -> ConfigDict:
+  """Width 16k on Gemma 2 2B, 4B tokens (the paper's section 3, table 1)."""
+  c.store.site = 'layer_12.resid_post'
+  c.sae.d_in = 2304
+  c.sae.latents = 16_384
+  c.sae.center = False
+  c.act.theta = 0.001
+  c.act.bandwidth = 0.001
+  c.act.log_theta = True
+  c.loss.l0_coef = 6e-4
+  c.train.batch_rows = 4096
+  c.train.rows = 4_000_000_000
+  c.loss.l0_warmup_rows = c.train.get_ref('batch_rows') * 10_000
+  c.optim.lr = 7e-5
+  c.optim.warmup_rows = c.train.get_ref('batch_rows') * 1000
+  return c
+
+
+def demo(c: ConfigDict) -> ConfigDict:
+  """Minutes on a laptop: a hundredth of a percent of the paper's rows.
+
+  Theta is learned directly and starts inside the distribution of the
+  pre-activations, with a kernel wide enough for few rows; warm-ups are shares
+  of the run.
+  """
+  c.store.path = cache_dir('stores', 'smollm2')
+  c.act.theta = 0.1
+  c.act.bandwidth = 0.1
+  c.loss.l0_coef = 3e-3
+  c.loss.dead_rows = 100_000
+  c.optim.lr = 1e-3
+  c.train.rows = 1_000_000
+  c.train.batch_rows = 2048
+  rows = c.train.get_ref('rows')
+  c.loss.l0_warmup_rows = rows // 4
+  c.optim.warmup_rows = rows // 20
+  c.optim.decay_rows = rows // 5
+  c.train.log_rows = rows // 50
+  c.train.eval_rows = rows // 10
+  c.train.save_rows = rows // 4
+  return c

@@ -1,0 +1,69 @@
+"""From flags to one call: what the programs in launch/ share.
+
+Bad input ends with one line on stderr and exit code 2, without a traceback.
+"""
+
+import logging as std_logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from sae_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags, calls `main()`, turns user mistakes into one line."""
+
+  def guarded(_: Sequence[str]) -> None:
+    try:
+      main()
+    except UserError as error:
+      stop(error)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def stop(error: BaseException | str) -> None:
+  """Ends the program with the documented form of a user's mistake."""
+  logging.flush()
+  line = ' '.join(str(error).split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Flag parsing that reports a bad flag or config key in one line."""
+  try:
+    rest = flags.FLAGS(list(argv))
+    for name in flags.FLAGS:  # a config file that failed to load says so late
+      getattr(flags.FLAGS[name].value, 'to_dict', None)
+  except (
+    flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError,
+    OSError,
+  ) as error:  # fmt: skip  # config_flags raises all of these for typos
+    stop(_readable(error))
+    raise AssertionError('unreachable') from error
+  if len(rest) > 1:
+    stop(f'unknown argument {rest[1]!r}: options are written --name=value')
+  logging.get_absl_handler().setFormatter(
+    std_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  )
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_logger().addFilter(_ours)
+  std_logging.getLogger('jax').setLevel(std_logging.WARNING)
+  return rest
+
+
+def _ours(record: std_logging.LogRecord) -> bool:
+  """Orbax logs a dozen lines a save at INFO, through the same logger."""
+  return 'orbax' not in record.pathname or record.levelno > std_logging.INFO
+
+
+def _readable(error: BaseException) -> str:
+  """The message of an error of flag parsing, without its quoting."""
+  text = error.args[0] if error.args else str(error)
+  if isinstance(error, OSError):
+    text = str(error)
+  return re.sub(r'\s+', ' ', str(text)).strip()

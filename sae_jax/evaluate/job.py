@@ -1,0 +1,248 @@
+"""Evaluates a training run on the held-out split of its store.
+
+Everything but a few numbers comes from the run's config.json and the store's
+manifest; evaluation.json and report.html are left in the run folder.
+"""
+
+import contextlib
+import datetime
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+import sae_jax
+from sae_jax.errors import UserError
+from sae_jax.evaluate import figures, report
+from sae_jax.evaluate.contexts import top_contexts
+from sae_jax.evaluate.held_out import HeldOut, read_held_out, spread
+from sae_jax.evaluate.reconstruction import Reconstruction, reconstruction
+from sae_jax.evaluate.splice import Splice, splice_loss
+from sae_jax.lm.subject import Subject, load_subject
+from sae_jax.lm.tokens import load_tokenizer
+from sae_jax.models.sae import SAE
+from sae_jax.store import reader
+from sae_jax.store.manifest import Manifest, read_manifest
+from sae_jax.train import checkpoints
+from sae_jax.train.run import read_config
+
+log = logging.getLogger('absl')
+FORMAT, VERSION = 'sae_jax.evaluation', 1
+
+
+class Run(NamedTuple):
+  """A trained SAE and the store it is evaluated on."""
+
+  folder: Path
+  config: ConfigDict
+  step: int
+  sae: SAE
+  store: str
+  manifest: Manifest
+  held_out: HeldOut
+
+
+def evaluate(
+  run_dir: str | Path,
+  *,
+  rows: int = 65_536,
+  sequences: int = 64,
+  contexts: int = 20,
+  language_model: bool = True,
+  model_path: str = '',
+  store_path: str = '',
+) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a run; returns evaluation.json.
+
+  Args:
+    run_dir: folder of a training run; the two files are written there.
+    rows: at most so many held-out rows, in file order (random in a shard).
+    sequences: at most so many held-out sequences for the language model.
+    contexts: features shown in the report.
+    language_model: False leaves out the figures of the model's loss.
+    model_path: the subject model's file, where it has moved.
+    store_path: the store's folder, where it has moved.
+
+  Raises UserError for a missing run, store or model, for another model than
+  the one that was harvested, and for counts below 1. Nothing is written then.
+  """
+  for name, value in [('rows', rows), ('sequences', sequences)]:
+    if value < 1:
+      raise UserError(f'--{name}={value}: must be at least 1')
+  if contexts < 0:
+    raise UserError(f'--contexts={contexts}: must not be negative')
+  seconds: dict[str, float] = {}
+  with _timed(seconds, 'total'):
+    with _timed(seconds, 'load'):
+      run = open_run(run_dir, store_path)
+      subject, tokenizer = open_model(run.manifest, model_path, language_model)
+    site, width = run.config.store.site, run.config.sae.d_in
+    read = lambda: reader.held_out(run.store, site)
+    with _timed(seconds, 'reconstruction'):
+      limit = min(rows, run.held_out.rows)
+      rebuilt = reconstruction(run.sae, read(), width=width, limit=limit)
+    spliced = None
+    if subject:
+      with _timed(seconds, 'language_model'):
+        spliced = splice(run, subject, sequences)
+      del subject  # the rest does not need its weights
+    with _timed(seconds, 'contexts'):
+      features = top_contexts(
+        run.sae, read, lambda i: run.held_out.tokens[i], rebuilt.fired,
+        rows=limit, width=width, latents=contexts,
+      )  # fmt: skip
+  result = record(run, rebuilt, spliced, seconds)
+  report.write(run_dir, result, features, tokenizer)
+  return result
+
+
+def open_run(run_dir: str | Path, store_path: str) -> Run:
+  """The newest checkpoint of a run, and its store."""
+  config = read_config(run_dir)
+  root = store_path or config.store.path
+  manifest = read_manifest(root)
+  width = manifest.site(config.store.site).width
+  if width != config.sae.d_in:
+    raise UserError(
+      f'store.path: {config.store.site} is {width} wide at {root}, the SAE '
+      f'of {run_dir} takes {config.sae.d_in}: give the store it was trained on'
+    )
+  held_out = read_held_out(root, manifest)
+  step = checkpoints.latest_step(run_dir)
+  sae = sae_jax.load(run_dir, step)
+  log.info('run: %s at step %d, store: %s', run_dir, step, root)
+  return Run(Path(run_dir), config, step, sae, root, manifest, held_out)
+
+
+def open_model(
+  manifest: Manifest, path: str, weights: bool
+) -> tuple[Subject | None, Tokenizer | None]:
+  """The subject model of a store and its tokenizer, checked by their hashes.
+
+  Without `weights` only the tokenizer, and not even that where the file is
+  missing: the report then shows token ids.
+  """
+  model = ConfigDict(manifest.config.get('model') or {'kind': '', 'path': ''})
+  model.path = path or model.path
+  there = bool(model.path) and Path(model.path).expanduser().is_file()
+  if not there and weights:
+    raise UserError(
+      f'language model: no file {model.path!r}: give --model_path, or '
+      '--lm=false to do without the figures of its loss'
+    )
+  if not there:
+    log.warning('no file %r: the report shows token ids', model.path)
+    return None, None
+  if not weights:
+    tokenizer = load_tokenizer(model)
+    _same(model.path, manifest, 'tokenizer', tokenizer.to_str())
+    return None, tokenizer
+  subject = load_subject(model)
+  for what in ('weights', 'tokenizer'):
+    _same(model.path, manifest, what, getattr(subject, f'{what}_sha256'))
+  return subject, subject.tokenizer
+
+
+def _same(path: str, manifest: Manifest, what: str, found: str) -> None:
+  """UserError unless a hash is the one in the manifest."""
+  expected = manifest.model.get(f'{what}_sha256')
+  if found != expected:
+    raise UserError(
+      f'language model: {path} is not the model that was harvested '
+      f'({what} sha256 {found[:12]}..., the store says '
+      f'{str(expected)[:12]}...): give --model_path'
+    )
+
+
+def splice(run: Run, subject: Subject, sequences: int) -> Splice:
+  """Delta loss on sequences spread over the held-out split."""
+  held_out = run.held_out
+  if not held_out.whole:
+    raise UserError(
+      f'store.path: {run.store} has no whole held-out sequence: harvest with '
+      'larger shards, or give --lm=false'
+    )
+  chosen = spread(sequences, held_out.whole)
+  return splice_loss(
+    subject.params,
+    subject.cfg,
+    run.sae,
+    run.config.store.site,
+    held_out.tokens[chosen],
+    held_out.stored[chosen],
+    pad=run.manifest.policy.get('padding_token'),
+    latents=run.config.sae.latents,
+  )
+
+
+def record(
+  run: Run,
+  rebuilt: Reconstruction,
+  spliced: Splice | None,
+  seconds: dict[str, float],
+) -> dict[str, Any]:
+  """evaluation.json: every figure with its unit, and what it was made from."""
+  config, manifest = run.config, run.manifest
+  values = figures.collect(rebuilt, spliced)
+  edges, counts = frequency_bins(rebuilt)
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    'format': FORMAT,
+    'version': VERSION,
+    'created': now.isoformat(timespec='seconds'),
+    'run': str(run.folder),
+    'config': str(run.folder / 'config.json'),
+    'checkpoint_step': run.step,
+    'training_rows': run.step * config.train.batch_rows,
+    'store': str(run.store),
+    'site': config.store.site,
+    'subject': manifest.model,
+    'text': manifest.text and manifest.text | {'name': _text_name(manifest)},
+    'dictionary': {
+      'activation': config.act.name,
+      'width': config.sae.d_in,
+      'latents': config.sae.latents,
+    },
+    'rows': rebuilt.rows,
+    'sequences': spliced.sequences if spliced else 0,
+    'predictions': spliced.predictions if spliced else 0,
+    'figures': values,
+    'units': figures.units(values),
+    'firing_frequency': {
+      'log10_edges': edges.tolist(),
+      'latents': counts.tolist(),
+      'dead': int((rebuilt.fired == 0).sum()),
+    },
+    'seconds': {name: round(value, 1) for name, value in seconds.items()},
+    'versions': checkpoints.versions(),
+  }
+
+
+def _text_name(manifest: Manifest) -> str:
+  """What the file or folder of the texts is called."""
+  return Path(manifest.config['text']['path']).name
+
+
+def frequency_bins(r: Reconstruction) -> tuple[np.ndarray, np.ndarray]:
+  """(edges [n + 1], latents [n]) over log10 firing frequency, four a decade.
+
+  The lowest edge is below 1 / rows, so that every latent that fired counts.
+  """
+  decades = min(-1, int(np.floor(np.log10(0.99 / r.rows))))
+  edges = np.linspace(decades, 0, 1 - 4 * decades)
+  alive = r.frequency[r.fired > 0]
+  counts, _ = np.histogram(np.log10(alive), edges)
+  return edges, counts
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+  """Writes how long a stage took."""
+  began = time.perf_counter()
+  yield
+  seconds[stage] = time.perf_counter() - began

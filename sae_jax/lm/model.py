@@ -1,0 +1,272 @@
+"""The subject model: a pure-JAX decoder that gives its activations at sites.
+
+Params are a plain dict, every matrix [in, out]. Nothing beyond the deepest
+asked site is computed; an edit replaces the tensor at a site and goes on.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.errors import UserError
+from sae_jax.lm.config import LMConfig
+
+Params = dict[str, Any]
+
+# Places within a layer, in the order in which they are computed:
+STEPS = {
+  'resid_pre': 'residual stream before the layer',
+  'attn_z': 'heads concatenated, before W_O [heads * head_dim]',
+  'attn_out': 'what attention adds to the residual stream (after a post-norm)',
+  'mlp_in': 'input of the MLP, after its norm',
+  'mlp_out': 'what the MLP adds to the residual stream (after a post-norm)',
+  'resid_post': 'residual stream after the layer',
+}
+
+
+class Output(NamedTuple):
+  logits: jax.Array | None  # [B, T, V] float32
+  activations: dict[str, jax.Array]  # site -> [B, T, width], the asked dtype
+
+
+def forward(
+  params: Params,
+  cfg: LMConfig,
+  tokens: jax.Array,
+  *,
+  sites: Sequence[str] = (),
+  edits: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
+  logits: bool = True,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Output:
+  """Runs the decoder over tokens [B, T] (int32), positions from 0.
+
+  An activation is taken after the edit of its site. With `logits=False`
+  nothing beyond the deepest asked site is computed (edits beyond it have no
+  effect). Softmax, norms and logits are float32 whatever `dtype` is. Under
+  jit `cfg`, `sites`, `logits` and `dtype` are static.
+
+  Raises UserError for a site the model does not have.
+  """
+  edits = edits or {}
+  check_sites(cfg, (*sites, *edits))
+  wanted = {*sites, 'logits'} if logits else set(sites)
+  seen = {}
+  walk = _walk(params, cfg, tokens, dtype)
+  site, x = next(walk)
+  while wanted:
+    if site in edits:
+      x = edits[site](x)
+    if site in wanted:
+      seen[site] = x
+      wanted.remove(site)
+    if wanted:
+      site, x = walk.send(x)
+  return Output(seen.pop('logits', None), seen)
+
+
+def check_sites(cfg: LMConfig, sites: Sequence[str]) -> None:
+  """Raises UserError, naming the nearest right site, for one that is not."""
+  for site in sites:
+    found = re.fullmatch(r'layer_(\d+)\.(\w+)', site)
+    layer, step = found.groups() if found else ('0', '')
+    # int() first: layer_007 would be a second name of layer_7
+    if found and step in STEPS and f'layer_{int(layer)}.{step}' == site:
+      if int(layer) < cfg.layers:
+        continue
+    number = re.search(r'\d+', site)
+    layer = min(int(number[0]) if number else 0, cfg.layers - 1)
+    word = step or re.split(r'[.\d]', site)[-1]
+    near = difflib.get_close_matches(word, STEPS, 1, 0.0)[0]
+    raise UserError(
+      f'site {site!r} does not exist in this model of {cfg.layers} layers; the '
+      f'nearest is layer_{layer}.{near} (places: {", ".join(STEPS)})'
+    )
+
+
+def site_width(cfg: LMConfig, site: str) -> int:
+  """Length of one activation vector at a site (UserError if it is none)."""
+  check_sites(cfg, (site,))
+  return cfg.heads * cfg.head_dim if site.endswith('attn_z') else cfg.d_model
+
+
+def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Cross-entropy in nats, float32 [B, T-1], of predicting tokens[:, 1:]."""
+  logits = logits[:, :-1].astype(jnp.float32)
+  right = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - right
+
+
+def _walk(
+  params: Params, cfg: LMConfig, tokens: jax.Array, dtype
+) -> Generator[tuple[str, jax.Array], jax.Array, None]:
+  """Yields (site, tensor) in order and goes on with the tensor it is sent.
+
+  Work happens between two yields, so whoever stops asking stops computing.
+  """
+  x = _lookup(params['embed'], tokens).astype(dtype)
+  if cfg.embed_scale is not None:
+    # Gemma rounds the scale to the working precision: 34.0 for bfloat16, 1152
+    x = x * jnp.asarray(cfg.embed_scale, dtype)
+  for i, p in enumerate(params['layers']):
+    x = yield f'layer_{i}.resid_pre', x
+    heads = _attention(p, cfg, i, _norm(p['attn_norm'], cfg, x))
+    z = yield f'layer_{i}.attn_z', heads
+    out = _linear(p, 'o', z)
+    if cfg.post_norms:
+      out = _norm(p['attn_post_norm'], cfg, out)
+    out = yield f'layer_{i}.attn_out', out
+    x = x + out
+    y = yield f'layer_{i}.mlp_in', _norm(p['mlp_norm'], cfg, x)
+    out = _mlp(p, cfg, y)
+    if cfg.post_norms:
+      out = _norm(p['mlp_post_norm'], cfg, out)
+    out = yield f'layer_{i}.mlp_out', out
+    x = yield f'layer_{i}.resid_post', x + out
+  yield 'logits', _unembed(params, cfg, x)
+
+
+def _lookup(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+  """embed[tokens], laid over the mesh as the tokens are."""
+  sharding = jax.typeof(tokens).sharding
+  out = None if sharding.mesh.empty else jax.P(*sharding.spec, None)
+  return embed.at[tokens].get(mode='clip', out_sharding=out)
+
+
+def _norm(w: jax.Array, cfg: LMConfig, x: jax.Array) -> jax.Array:
+  """RMSNorm over the last axis, in float32."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + cfg.norm_eps)
+  gain = w.astype(jnp.float32) + (1.0 if cfg.norm_plus_one else 0.0)
+  return (y * gain).astype(x.dtype)
+
+
+def _linear(p: Params, name: str, x: jax.Array) -> jax.Array:
+  """x W, plus the bias where the layer has one."""
+  y = jnp.einsum('btd,de->bte', x, p[f'w_{name}'].astype(x.dtype))
+  bias = p.get(f'b_{name}')
+  return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _attention(p: Params, cfg: LMConfig, layer: int, x: jax.Array) -> jax.Array:
+  """Causal grouped-query attention up to the heads' outputs.
+
+  x [B, T, d] -> [B, T, heads * head_dim]; heads share keys in groups G:
+  query head k * G + g reads key-value head k.
+  """
+  B, T, _ = x.shape
+  K, h = cfg.kv_heads, cfg.head_dim
+  G = cfg.heads // K
+  q = _linear(p, 'q', x).reshape(B, T, K, G, h)
+  k = _linear(p, 'k', x).reshape(B, T, K, 1, h)
+  v = _linear(p, 'v', x).reshape(B, T, K, h)
+  if cfg.qk_norm:
+    q, k = _norm(p['q_norm'], cfg, q), _norm(p['k_norm'], cfg, k)
+  turn = _rotation(cfg, layer, T)
+  q, k = _rotate(q, *turn), _rotate(k, *turn)[:, :, :, 0]
+  scores = jnp.einsum(
+    'btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32
+  )
+  scores = _softcap(scores * cfg.attention_scale(), cfg.attn_softcap)
+  behind = np.arange(T)[:, None] - np.arange(T)  # how far back the key lies
+  seen = behind >= 0
+  if cfg.is_local(layer):
+    seen &= behind < cfg.sliding_window
+  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+  z = jnp.einsum('bkgts,bskh->btkgh', weights.astype(x.dtype), v)
+  return z.reshape(B, T, cfg.heads * h)
+
+
+def _rotation(cfg: LMConfig, layer: int, T: int):
+  """cos, sin [T, head_dim / 2] float32 of the rotary embedding of a layer."""
+  local = cfg.is_local(layer) and cfg.rope_local_base is not None
+  base = cfg.rope_local_base if local else cfg.rope_base
+  half = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim
+  frequency = 1.0 / np.float32(base) ** half
+  s = cfg.rope_scaling
+  if s is not None and not local:
+    if s.kind == 'linear':
+      frequency = frequency / s.factor
+    else:
+      # Turns made within the first training length; at most low_freq_factor
+      # of them: stretched by the factor, at least high_freq_factor: kept.
+      turns = s.original_length * frequency / (2 * np.pi)
+      span = s.high_freq_factor - s.low_freq_factor
+      keep = np.clip((turns - s.low_freq_factor) / span, 0, 1)
+      frequency = frequency * (keep + (1 - keep) / s.factor)
+  angle = np.outer(np.arange(T), frequency).astype(np.float32)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Turns x [B, T, K, G, h] by position; pairs are (i, i + h/2)."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, None, None], sin[:, None, None]
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  return turned.astype(x.dtype)
+
+
+def _mlp(p: Params, cfg: LMConfig, x: jax.Array) -> jax.Array:
+  gate = _linear(p, 'gate', x)
+  if cfg.mlp == 'silu':
+    gate = jax.nn.silu(gate)
+  else:
+    gate = jax.nn.gelu(gate, approximate=True)
+  return _linear(p, 'down', gate * _linear(p, 'up', x))
+
+
+def _unembed(params: Params, cfg: LMConfig, x: jax.Array) -> jax.Array:
+  x = _norm(params['final_norm'], cfg, x)
+  spec, w = ('btd,vd->btv', 'embed') if cfg.tied else ('btd,dv->btv', 'unembed')
+  logits = jnp.einsum(
+    spec, x, params[w].astype(x.dtype), preferred_element_type=jnp.float32
+  )
+  return _softcap(logits, cfg.final_softcap)
+
+
+def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def shapes(cfg: LMConfig) -> Params:
+  """The params' tree with a shape (tuple of int) in place of each array."""
+  d, h, m = cfg.d_model, cfg.head_dim, cfg.d_mlp
+  q, k = cfg.heads * h, cfg.kv_heads * h
+  layer = {
+    'attn_norm': (d,), 'mlp_norm': (d,), 'w_q': (d, q), 'w_k': (d, k),
+    'w_v': (d, k), 'w_o': (q, d), 'w_gate': (d, m), 'w_up': (d, m),
+    'w_down': (m, d),
+  }  # fmt: skip
+  if cfg.post_norms:
+    layer |= {'attn_post_norm': (d,), 'mlp_post_norm': (d,)}
+  if cfg.qk_norm:
+    layer |= {'q_norm': (h,), 'k_norm': (h,)}
+  if cfg.qkv_bias:
+    layer |= {'b_q': (q,), 'b_k': (k,), 'b_v': (k,)}
+  if cfg.out_bias:
+    layer |= {'b_o': (d,)}
+  tree = {'embed': (cfg.vocab, d), 'final_norm': (d,)}
+  if not cfg.tied:
+    tree['unembed'] = (d, cfg.vocab)
+  return tree | {'layers': [dict(layer) for _ in range(cfg.layers)]}
+
+
+def init(key: jax.Array, cfg: LMConfig) -> Params:
+  """Random float32 params (for tests): normal, variance 1 / fan-in."""
+  tree = shapes(cfg)
+  is_shape = lambda x: isinstance(x, tuple)
+  leaves, form = jax.tree.flatten(tree, is_leaf=is_shape)
+  keys = jax.random.split(key, len(leaves))
+
+  def one(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    noise = jax.random.normal(key, shape, jnp.float32)
+    if len(shape) == 1:  # gains and biases: near their neutral value
+      return 0.1 * noise + (0.0 if cfg.norm_plus_one else 1.0)
+    return noise / np.sqrt(shape[0])
+
+  return jax.tree.unflatten(form, list(map(one, keys, leaves)))

@@ -1,0 +1,131 @@
+"""Sparsifying activations: pytrees that map pre-activations z to latents f.
+
+Each has `__call__(z) -> f` (z, f: [..., F@dict]), `scale(c)`, the same
+activation in units c times smaller, and `project()`, onto allowed parameters.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sae_jax.parallel import select
+
+
+def _window(z, theta, bandwidth):
+  """Rectangle kernel K((z - theta) / bandwidth): 1 inside, 0 outside."""
+  return (jnp.abs(z - theta) < bandwidth / 2).astype(z.dtype)
+
+
+def _sum_rows(x, theta):
+  """Sums the leading dimensions of x [..., F] down to theta's [F]."""
+  return x.sum(range(x.ndim - theta.ndim))
+
+
+@jax.custom_vjp
+def step(z: jax.Array, theta: jax.Array, bandwidth: jax.Array) -> jax.Array:
+  """Heaviside H(z - theta) with a straight-through gradient to theta alone.
+
+  dH/dtheta := -K((z - theta) / bandwidth) / bandwidth, dH/dz := 0
+  (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 12). z [..., F], theta [F].
+  """
+  return (z > theta).astype(z.dtype)
+
+
+def _step_forward(z, theta, bandwidth):
+  return step(z, theta, bandwidth), (z, theta, bandwidth)
+
+
+def _step_backward(saved, g):
+  z, theta, bandwidth = saved
+  d_theta = -_sum_rows(g * _window(z, theta, bandwidth), theta) / bandwidth
+  return jnp.zeros_like(z), d_theta, jnp.zeros_like(bandwidth)
+
+
+step.defvjp(_step_forward, _step_backward)
+
+
+@jax.custom_vjp
+def jump(z: jax.Array, theta: jax.Array, bandwidth: jax.Array) -> jax.Array:
+  """JumpReLU z * H(z - theta) with the paper's pseudo-derivatives.
+
+  d/dz := H(z - theta), d/dtheta := -(theta / bandwidth) K((z - theta) /
+  bandwidth) (arXiv 2407.14435, eq. 11). z [..., F], theta [F].
+  """
+  return z * (z > theta)
+
+
+def _jump_forward(z, theta, bandwidth):
+  return jump(z, theta, bandwidth), (z, theta, bandwidth)
+
+
+def _jump_backward(saved, g):
+  z, theta, bandwidth = saved
+  inside = _sum_rows(g * _window(z, theta, bandwidth), theta)
+  d_theta = -theta / bandwidth * inside
+  return g * (z > theta), d_theta, jnp.zeros_like(bandwidth)
+
+
+jump.defvjp(_jump_forward, _jump_backward)
+
+
+@struct.dataclass
+class JumpReLU:
+  """z * H(z - theta), one learned threshold a latent (arXiv 2407.14435).
+
+  `param` is theta itself, or log(theta) when `log`: under Adam log(theta)
+  moves theta by about theta * lr a step, which freezes small thresholds in
+  short runs; Gemma Scope trains log(theta) over billions of tokens.
+  """
+
+  param: jax.Array  # [F@dict]
+  bandwidth: jax.Array  # [] width of the kernel, in units of z; not learned
+  log: bool = struct.field(pytree_node=False)
+
+  @property
+  def theta(self) -> jax.Array:
+    """Thresholds [F@dict], in units of z."""
+    return jnp.exp(self.param) if self.log else self.param
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    return jump(z, self.theta, self.bandwidth)
+
+  def l0(self, z: jax.Array) -> jax.Array:
+    """Active latents of each row [...], differentiable in theta alone."""
+    return step(z, self.theta, self.bandwidth).sum(-1)
+
+  def scale(self, c: jax.Array) -> 'JumpReLU':
+    param = self.param + jnp.log(c) if self.log else self.param * c
+    return self.replace(param=param, bandwidth=self.bandwidth * c)
+
+  def project(self) -> 'JumpReLU':
+    """Keeps theta >= 0: a negative threshold would pass negative latents."""
+    return self if self.log else self.replace(param=jnp.maximum(self.param, 0))
+
+
+@struct.dataclass
+class TopK:
+  """ReLU of the k largest pre-activations of a row (arXiv 2406.04093)."""
+
+  k: int = struct.field(pytree_node=False)
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    mask = jax.lax.stop_gradient(select.top_k_mask(z, self.k))
+    return jnp.where(mask, jax.nn.relu(z), 0)
+
+  def scale(self, c: jax.Array) -> 'TopK':
+    del c  # homogeneous: the k largest are the k largest in any unit
+    return self
+
+  def project(self) -> 'TopK':
+    return self
+
+
+Activation = JumpReLU | TopK
+
+
+def jump_relu(
+  theta: jax.Array, bandwidth: float, *, log: bool = False
+) -> JumpReLU:
+  """A JumpReLU with initial thresholds theta [F@dict]."""
+  param = jnp.log(theta) if log else theta
+  return JumpReLU(param, jnp.asarray(bandwidth, theta.dtype), log)

@@ -1,0 +1,115 @@
+"""What training minimises: reconstruction error plus penalties.
+
+A penalty is a pytree whose coefficients are array leaves, so that stacked
+SAEs may differ in them. All in normalised units; formulas in docs/math.md.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sae_jax.models.sae import SAE
+from sae_jax.parallel import select
+
+
+class Terms(NamedTuple):
+  """What one batch says besides the loss; scalars but for `fired`."""
+
+  mse: jax.Array  # mean over rows of |t - t_hat|^2
+  fvu: jax.Array  # mse over the batch's variance around its own mean
+  l0: jax.Array  # mean active latents of a row
+  penalty: jax.Array  # loss - mse
+  fired: jax.Array  # [F@dict] bool: active in at least one row
+
+
+class Batch(NamedTuple):
+  """One batch's intermediate values, as the penalties see them."""
+
+  z: jax.Array  # [B@data, F@dict] pre-activations
+  error: jax.Array  # [B@data, E] t - t_hat
+  dead: jax.Array  # [F@dict] bool
+  ramp: jax.Array  # [] warm-up factor in [0, 1] of the sparsity penalty
+
+
+@struct.dataclass
+class L0Penalty:
+  """ramp * coef * mean_b |f_b|_0 (Gemma Scope, arXiv 2408.05147, eq. 3), or
+  with `quadratic` ramp * coef / (2 T) * (mean_b |f_b|_0 - T)^2, T = target.
+
+  The quadratic form has slope coef at |f|_0 = 2 T, where the two forms agree
+  (Gemma Scope 2 prints 2 / T and claims that slope; see docs/math.md). Needs
+  an activation with `l0(z)`.
+  """
+
+  coef: jax.Array  # []
+  target: jax.Array  # [] active latents; read by the quadratic form only
+  quadratic: bool = struct.field(pytree_node=False)
+
+  def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
+    l0 = sae.act.l0(batch.z).mean()
+    if self.quadratic:
+      l0 = (l0 - self.target) ** 2 / (2 * self.target)
+    return batch.ramp * self.coef * l0
+
+
+@struct.dataclass
+class AuxK:
+  """coef * |e - e_hat|^2 / var(e): dead latents learn to explain the error.
+
+  e = stop_gradient(t - t_hat), e_hat the reconstruction by the k largest
+  pre-activations of dead latents (Gao et al. 2024, arXiv 2406.04093, A.2);
+  zero when no latent is dead.
+  """
+
+  coef: jax.Array  # []
+  k: int = struct.field(pytree_node=False)
+
+  def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
+    e = jax.lax.stop_gradient(batch.error)
+    z = jnp.where(batch.dead, batch.z, -jnp.inf)
+    # Fewer than k dead latents: the rest of the k fall on living ones.
+    mask = select.top_k_mask(jax.lax.stop_gradient(z), self.k) & batch.dead
+    e_hat = sae.contribution(jnp.where(mask, jax.nn.relu(batch.z), 0))
+    ratio = _squared(e - e_hat) / _squared(e - e.mean(0))
+    return self.coef * jnp.where(batch.dead.any(), ratio, 0)
+
+
+Penalty = L0Penalty | AuxK
+
+
+def loss(
+  sae: SAE,
+  n: jax.Array,
+  t: jax.Array,
+  penalties: tuple[Penalty, ...],
+  *,
+  dead: jax.Array,
+  ramp: jax.Array,
+) -> tuple[jax.Array, Terms]:
+  """Loss [] and its terms for normalised inputs n [B@data, D], targets t.
+
+  mean_b |t - t_hat|^2 (summed over E) + penalties. `sae` may lack its
+  normalisers: nothing here reads them.
+  """
+  z = sae.pre(n)
+  f = sae.act(z)
+  error = t - sae.reconstruct(f)
+  mse = _squared(error)
+  batch = Batch(z, error, dead, ramp)
+  penalty = sum((p(sae, batch) for p in penalties), jnp.zeros_like(mse))
+  active = jax.lax.stop_gradient(f) != 0
+  terms = Terms(
+    mse=mse,
+    fvu=mse / _squared(t - t.mean(0)),
+    l0=active.sum(-1).astype(mse.dtype).mean(),
+    penalty=penalty,
+    fired=active.any(0),
+  )
+  return mse + penalty, terms
+
+
+def _squared(x: jax.Array) -> jax.Array:
+  """mean_b |x_b|^2."""
+  return jnp.square(x).sum(-1).mean()

@@ -1,0 +1,216 @@
+"""The manifest: what an activation store holds, and where; see docs/store.md.
+
+Jobs meet only here. A store is readable when its manifest says `complete`,
+which is written last.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from sae_jax.errors import UserError
+from sae_jax.paths import write_atomic
+
+FORMAT, VERSION = 'sae_jax.store', 1
+WRITING, COMPLETE = 'writing', 'complete'
+FILE = 'manifest.json'
+DTYPES: dict[str, np.dtype] = {
+  'float32': np.dtype(np.float32),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+INT32 = np.dtype(np.int32)
+TOKENS, SEQUENCES = 'tokens', 'sequences'
+
+
+class Normalizer(NamedTuple):
+  """First and second moments of the first `norm_shards` training shards.
+
+  mean [width] float32; `mean_squared_norm_centred` is E|x - mean|^2 and
+  `mean_squared_norm_raw` is E|x|^2, in the subject model's units.
+  """
+
+  mean: np.ndarray
+  mean_squared_norm_centred: float
+  mean_squared_norm_raw: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """One place in the subject model: vectors of `width` numbers.
+
+  The statistics (in float64, of the rows as stored) are None while writing.
+  """
+
+  name: str
+  width: int
+  dtype: str
+  mean: list[float] | None = None
+  mean_squared_norm_centred: float | None = None
+  mean_squared_norm_raw: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+  """Size of a .bin file and xxh3_64 (hex) of its .blocks, None while writing.
+
+  .blocks holds the xxh3_64 of every block, so that the pair checks the file.
+  """
+
+  bytes: int
+  checksum: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEntry:
+  """The rows, and the sequences whose first row lies here, of one shard.
+
+  files: path below the root -> FileEntry, for every .bin of the shard.
+  """
+
+  rows: int
+  first_sequence: int
+  sequences: int
+  files: dict[str, FileEntry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """Everything known about a store. model, text, policy, config and made_by
+  are plain JSON objects that say where the rows come from."""
+
+  state: str
+  sites: tuple[Site, ...]
+  rows: int
+  rows_per_shard: int
+  rows_per_block: int
+  sequences: int
+  sequence_length: int
+  held_out_shards: int
+  norm_shards: int
+  seed: int
+  shards: tuple[ShardEntry, ...]
+  model: dict[str, Any]
+  text: dict[str, Any]
+  policy: dict[str, Any]
+  config: dict[str, Any]
+  made_by: dict[str, Any]
+
+  def site(self, name: str) -> Site:
+    """The site of that name; UserError naming those there are."""
+    for site in self.sites:
+      if site.name == name:
+        return site
+    there = ', '.join(site.name for site in self.sites)
+    raise UserError(f'store.site: no {name!r} in this store; it has: {there}')
+
+  @property
+  def training_shards(self) -> range:
+    """Indices of the shards that are not held out."""
+    return range(self.held_out_shards, len(self.shards))
+
+
+def bin_path(part: str, shard: int, shards: int) -> str:
+  """Path below the root of a shard's file; part: 'tokens', 'sites/<name>'."""
+  return f'{part}/shard-{shard:05d}-of-{shards:05d}.bin'
+
+
+def blocks_path(path: str) -> str:
+  """Path of the block checksums of a .bin file."""
+  return path.removesuffix('.bin') + '.blocks'
+
+
+def site_part(site: str) -> str:
+  """The folder of a site's shards, below the root."""
+  return f'sites/{site}'
+
+
+def layout(manifest: Manifest, part: str) -> tuple[np.dtype, int]:
+  """(dtype, numbers per row) of the .bin files of 'tokens', 'sites/x', ..."""
+  if part == TOKENS:
+    return INT32, 3
+  if part == SEQUENCES:
+    return INT32, manifest.sequence_length
+  site = manifest.site(part.removeprefix('sites/'))
+  return DTYPES[site.dtype], site.width
+
+
+def parts(manifest: Manifest) -> list[str]:
+  """Every kind of file of a shard: sequences, tokens and one per site."""
+  return [SEQUENCES, TOKENS, *(site_part(s.name) for s in manifest.sites)]
+
+
+def local_root(root: str | Path) -> Path:
+  """The store's folder; UserError for a bucket URL."""
+  if '://' in str(root):
+    raise UserError(
+      f'store.path: {str(root)!r} is a URL: stores are read and written in '
+      'place, mount the bucket and give the folder'
+    )
+  return Path(root).expanduser()
+
+
+def write_manifest(root: str | Path, manifest: Manifest) -> None:
+  """Writes <root>/manifest.json, whole or not at all."""
+  header = {'format': FORMAT, 'version': VERSION}
+  data = header | dataclasses.asdict(manifest)
+  text = json.dumps(data, indent=1, ensure_ascii=False) + '\n'
+  write_atomic(local_root(root) / FILE, text)
+
+
+def read_manifest(root: str | Path, *, complete: bool = True) -> Manifest:
+  """Reads <root>/manifest.json.
+
+  Raises UserError when there is none, when it is of another format or version,
+  and, if `complete`, when the harvest has not finished.
+  """
+  path = local_root(root) / FILE
+  try:
+    data = json.loads(path.read_text(encoding='utf-8'))
+  except (FileNotFoundError, NotADirectoryError):
+    raise UserError(
+      f'store.path: no activation store at {root} (no {FILE}): '
+      'make one with launch/harvest.py, or give its folder'
+    ) from None
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+  except ValueError as error:
+    raise UserError(f'{path}: not a JSON file ({error})') from error
+  manifest = _from_json(data, path)
+  if complete and manifest.state != COMPLETE:
+    raise UserError(
+      f'store.path: the store at {root} is not complete (state '
+      f'{manifest.state!r}): run the same harvest again, it goes on'
+    )
+  return manifest
+
+
+def _from_json(data: Any, path: Path) -> Manifest:
+  if not isinstance(data, dict) or data.get('format') != FORMAT:
+    raise UserError(f'{path}: not the manifest of an activation store')
+  if data.get('version') != VERSION:
+    raise UserError(
+      f'{path}: store version {data.get("version")}, this program reads '
+      f'version {VERSION}: harvest again, or use the version that wrote it'
+    )
+  names = {field.name for field in dataclasses.fields(Manifest)}
+  try:
+    values = {name: data[name] for name in names}
+    values['sites'] = tuple(Site(**site) for site in data['sites'])
+    values['shards'] = tuple(_shard_from_json(s) for s in data['shards'])
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{path}: damaged manifest ({error})') from error
+  return Manifest(**values)
+
+
+def _shard_from_json(data: dict[str, Any]) -> ShardEntry:
+  files = {path: FileEntry(**file) for path, file in data['files'].items()}
+  return ShardEntry(
+    rows=data['rows'],
+    first_sequence=data['first_sequence'],
+    sequences=data['sequences'],
+    files=files,
+  )

@@ -1,0 +1,110 @@
+"""The record of a finished shard: what makes a killed harvest go on.
+
+<root>/records/shard-00000-of-00008.json is written after the files of its
+shard; a shard is finished if it has one and the sizes on disk agree.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from sae_jax.paths import write_atomic
+from sae_jax.store.manifest import (
+  COMPLETE,
+  FileEntry,
+  Manifest,
+  Site,
+  blocks_path,
+)
+from sae_jax.store.statistics import Moments, merge_all
+
+
+class Record(NamedTuple):
+  """Sizes and checksums of a shard's files, moments of its rows per site."""
+
+  files: dict[str, FileEntry]
+  moments: dict[str, Moments]
+
+
+def _path(root: Path, manifest: Manifest, shard: int) -> Path:
+  count = len(manifest.shards)
+  return root / f'records/shard-{shard:05d}-of-{count:05d}.json'
+
+
+def write_record(
+  root: Path, manifest: Manifest, shard: int, record: Record
+) -> None:
+  """Says that the shard is finished."""
+  moments = {
+    site: {'rows': m.n, 'mean': m.mean.tolist(), 'm2': m.m2.tolist()}
+    for site, m in record.moments.items()
+  }
+  files = {k: dataclasses.asdict(v) for k, v in record.files.items()}
+  text = json.dumps({'files': files, 'moments': moments}) + '\n'
+  write_atomic(_path(root, manifest, shard), text)
+
+
+def read_record(root: Path, manifest: Manifest, shard: int) -> Record | None:
+  """The record of a finished shard; None when the shard must be written.
+
+  Looks at sizes and at the checksums' own checksum, not at every row.
+  """
+  try:
+    data: dict[str, Any] = json.loads(
+      _path(root, manifest, shard).read_text(encoding='utf-8')
+    )
+  except (FileNotFoundError, ValueError):
+    return None
+  files = {name: FileEntry(**entry) for name, entry in data['files'].items()}
+  sizes = {k: v.bytes for k, v in files.items()}
+  planned = {k: v.bytes for k, v in manifest.shards[shard].files.items()}
+  if sizes != planned or not all(_sound(root, *it) for it in files.items()):
+    return None
+  moments = {
+    site: Moments(m['rows'], np.array(m['mean']), np.array(m['m2']))
+    for site, m in data['moments'].items()
+  }
+  return Record(files, moments)
+
+
+def _sound(root: Path, name: str, entry: FileEntry) -> bool:
+  try:
+    sums = (root / blocks_path(name)).read_bytes()
+    size = (root / name).stat().st_size
+  except FileNotFoundError:
+    return False
+  checksum = xxhash.xxh3_64_hexdigest(sums)
+  return size == entry.bytes and checksum == entry.checksum
+
+
+def merge_records(manifest: Manifest, records: list[Record]) -> Manifest:
+  """The complete manifest: checksums, and statistics in shard order."""
+  shards = tuple(
+    dataclasses.replace(entry, files=record.files)
+    for entry, record in zip(manifest.shards, records, strict=True)
+  )
+  first = manifest.held_out_shards
+  used = records[first : first + manifest.norm_shards]
+  sites = tuple(
+    _with_statistics(
+      site, merge_all(record.moments[site.name] for record in used)
+    )
+    for site in manifest.sites
+  )
+  return dataclasses.replace(
+    manifest, state=COMPLETE, shards=shards, sites=sites
+  )
+
+
+def _with_statistics(site: Site, m: Moments) -> Site:
+  centred = float(m.m2.sum() / m.n)
+  return dataclasses.replace(
+    site,
+    mean=m.mean.tolist(),
+    mean_squared_norm_centred=centred,
+    mean_squared_norm_raw=centred + float(np.square(m.mean).sum()),
+  )

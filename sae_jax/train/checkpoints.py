@@ -1,0 +1,140 @@
+"""Checkpoints: the only file that calls Orbax.
+
+A checkpoint holds the whole training state and a JSON record of where the
+data stream stands, the full config and the software versions.
+"""
+
+import functools
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sae_jax.errors import UserError
+from sae_jax.train.state import State
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+
+
+class Checkpoints:
+  """The checkpoints of one run folder. Use as a context manager.
+
+  Saves are asynchronous; leaving the context waits for them. A save that was
+  cut off keeps a temporary name and is never chosen.
+  """
+
+  def __init__(self, run_dir: str | Path, *, keep: int, keep_every: int = 0):
+    policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
+    if keep_every:
+      policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+    self._manager = ocp.CheckpointManager(
+      folder(run_dir),
+      item_names=('state', 'meta'),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+          policies
+        ),
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The step of the newest complete checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+    """Starts writing; returns once the arrays are safe to donate."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        meta=ocp.args.JsonSave(meta | {'versions': versions()}),
+      ),
+      force=True,
+    )
+
+  def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+    """The state, laid out as `abstract` says, and the meta record."""
+    out = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+      ),
+    )
+    return out.state, out.meta
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def folder(run_dir: str | Path) -> Path:
+  """Where a run keeps its checkpoints."""
+  return Path(run_dir).absolute() / 'checkpoints'
+
+
+def latest_step(run_dir: str | Path) -> int:
+  """The newest complete checkpoint's step; UserError when there is none."""
+  steps = (
+    ocp.utils.checkpoint_steps(folder(run_dir))
+    if folder(run_dir).is_dir()
+    else []
+  )
+  if not steps:
+    raise UserError(
+      f'no checkpoint in {folder(run_dir)}: is {run_dir} the --workdir of a '
+      'training run that saved at least once?'
+    )
+  return max(steps)
+
+
+def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
+  """A checkpoint's record: position, config, versions."""
+  path = folder(run_dir) / str(step) / 'meta' / 'metadata'
+  return json.loads(path.read_text())
+
+
+def restore_part(run_dir: str | Path, step: int, abstract: Any) -> Any:
+  """Only the sub-trees that `abstract` (a dict of pytrees) names."""
+  # As nested dicts of field names, which is how they lie on disk: Orbax's
+  # partial restore trips over dataclasses without leaves (TopK).
+  paths, treedef = jax.tree.flatten_with_path(abstract)
+  nested: dict[str, Any] = {}
+  names = [
+    jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in paths
+  ]
+  for name, (_, leaf) in zip(names, paths, strict=True):
+    *parents, last = name.split('/')
+    functools.reduce(lambda d, k: d.setdefault(k, {}), parents, nested)[
+      last
+    ] = leaf
+  with ocp.PyTreeCheckpointer() as reader:
+    restored = reader.restore(
+      folder(run_dir) / str(step) / 'state',
+      args=ocp.args.PyTreeRestore(
+        item=nested,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
+        partial_restore=True,
+      ),
+    )
+  leaves = [
+    functools.reduce(lambda d, k: d[k], name.split('/'), restored)
+    for name in names
+  ]
+  return treedef.unflatten(leaves)
+
+
+def versions() -> dict[str, str]:
+  """What wrote a checkpoint."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  device = jax.devices()[0]
+  return found | {
+    'python': platform.python_version(),
+    'device': f'{device.platform}: {device.device_kind}',
+  }

@@ -1,0 +1,146 @@
+"""The training config: every key with its unit, and the checks of values.
+
+Recipes in configs/ start from `base_config()` and set what differs.
+Counters are in rows (tokens); steps are derived.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from sae_jax.errors import UserError
+from sae_jax.parallel.mesh import DATA, DICT, check_divides
+from sae_jax.train.step import SATURATED
+
+ACTIVATIONS = ('jumprelu', 'topk')
+_POSITIVE = (
+  'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
+  'loss.dead_rows', 'optim.lr', 'train.rows', 'train.batch_rows',
+  'train.log_rows', 'train.save_rows', 'train.keep', 'mesh.data', 'mesh.dict',
+)  # fmt: skip
+_NOT_NEGATIVE = (
+  'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
+  'loss.aux_k', 'optim.lr_width', 'optim.clip_norm', 'optim.warmup_rows',
+  'optim.decay_rows', 'train.eval_rows', 'train.eval_size', 'train.keep_rows',
+  'act.theta',
+)  # fmt: skip
+
+
+def base_config() -> ConfigDict:
+  """All keys a training run reads. Norms and coefficients are in normalised
+  units: centred rows divided so that their mean squared norm is 1."""
+  c = ConfigDict()
+  c.seed = 0  # initial weights and order of the batches
+
+  c.store = ConfigDict()
+  c.store.path = ''  # folder that launch/harvest.py wrote
+  c.store.site = 'layer_9.resid_post'
+  c.store.window = 8  # shards whose blocks are permuted together
+
+  c.sae = ConfigDict()
+  c.sae.d_in = 576  # D, the site's width
+  c.sae.latents = 4096  # F
+  c.sae.center = True  # subtract the store's mean vector
+  c.sae.pre_bias = True  # encode n - b_dec
+
+  c.act = ConfigDict()
+  c.act.name = 'jumprelu'  # or 'topk'
+  c.act.theta = 0.001  # jumprelu: initial threshold
+  c.act.bandwidth = 0.001  # jumprelu: width of the straight-through kernel
+  c.act.log_theta = False  # jumprelu: learn log(theta)
+  c.act.k = 32  # topk: active latents
+
+  c.loss = ConfigDict()
+  c.loss.l0_coef = 1e-3  # jumprelu: lambda of the L0 penalty
+  c.loss.target_l0 = 0.0  # jumprelu: above 0, the quadratic penalty around it
+  c.loss.l0_warmup_rows = 0  # lambda rises linearly from 0 over these
+  c.loss.aux_coef = 1 / 32  # topk: alpha of AuxK, 0 for none
+  c.loss.aux_k = 256  # topk: dead latents that AuxK selects
+  c.loss.dead_rows = 10_000_000  # silent for so long means dead
+
+  c.optim = ConfigDict()
+  c.optim.lr = 7e-5  # peak
+  c.optim.lr_width = 0  # above 0, lr * sqrt(lr_width / latents)
+  c.optim.b1 = 0.0  # Adam; 0 stores no first moment
+  c.optim.b2 = 0.999
+  c.optim.eps = 1e-8
+  c.optim.clip_norm = 0.0  # bound of the gradient's global norm, 0 for none
+  c.optim.warmup_rows = 0  # cosine from lr / 10
+  c.optim.decay_rows = 0  # linear to 0 at the end
+  c.optim.ema = 0.0  # decay of a running mean of the weights, 0 for none
+
+  c.train = ConfigDict()
+  c.train.rows = 1_000_000
+  c.train.batch_rows = 4096  # B, over all devices
+  c.train.log_rows = 50_000  # between metrics
+  c.train.eval_rows = 0  # between evaluations on held-out rows, 0 for none
+  c.train.eval_size = 8192  # held-out rows of such an evaluation
+  c.train.save_rows = 10_000_000  # between checkpoints; one more at the end
+  c.train.keep = 2  # newest checkpoints kept
+  c.train.keep_rows = 0  # also keep one every so many rows for good
+  c.train.resume = False  # go on in the folder although these keys changed
+
+  c.mesh = ConfigDict()
+  c.mesh.data = 1  # devices that share the rows of a batch
+  c.mesh.dict = 1  # devices that share the dictionary
+  return c
+
+
+def validate(config: ConfigDict) -> None:
+  """Raises UserError for the first value that cannot work."""
+  flat = flatten(config.to_dict())
+  for name in _POSITIVE:
+    if not flat[name] > 0:
+      raise UserError(f'config.{name}={flat[name]}: must be above 0')
+  for name in _NOT_NEGATIVE:
+    if flat[name] < 0:
+      raise UserError(f'config.{name}={flat[name]}: must not be negative')
+  for name in ('optim.b1', 'optim.b2', 'optim.ema'):
+    if not 0 <= flat[name] < 1:
+      raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
+  known('config.act.name', config.act.name, ACTIVATIONS)
+  F, batch = config.sae.latents, config.train.batch_rows
+  if config.act.name == 'jumprelu':
+    if config.act.log_theta and not config.act.theta:
+      raise UserError('config.act.theta=0: must be above 0 with log_theta')
+  else:
+    _at_most('act.k', config.act.k, F)
+    if config.loss.aux_coef:
+      _at_most('loss.aux_k', max(config.loss.aux_k, 1), F)
+  if config.loss.dead_rows > SATURATED:
+    raise UserError(
+      f'config.loss.dead_rows={config.loss.dead_rows}: rows since a latent '
+      f'fired are counted up to {SATURATED}'
+    )
+  check_divides('config.sae.latents', F, DICT, config.mesh.dict)
+  check_divides('config.train.batch_rows', batch, DATA, config.mesh.data)
+
+
+def known(what: str, name: str, names: Sequence[str]) -> None:
+  """Raises UserError, with the nearest right name, unless name is known."""
+  if name not in names:
+    near = difflib.get_close_matches(name, names, 1, 0.3) or list(names)[:1]
+    raise UserError(
+      f'{what}={name!r} is not one of {", ".join(names)}: did you mean '
+      f'{near[0]!r}?'
+    )
+
+
+def flatten(tree: dict, prefix: str = '') -> dict:
+  """Nested dicts as one dict with dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def _at_most(name: str, value: int, latents: int) -> None:
+  if value > latents:
+    raise UserError(
+      f'config.{name}={value} is more than config.sae.latents={latents}: '
+      'lower the one or raise the other'
+    )

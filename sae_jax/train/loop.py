@@ -1,0 +1,248 @@
+"""The training loop, read from top to bottom.
+
+Order matters: evaluate and save the state before the next batch is pulled;
+read a step's metrics only after the next one is under way.
+"""
+
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sae_jax.errors import UserError
+from sae_jax.models.sae import Norm
+from sae_jax.parallel.mesh import DATA, make_mesh
+from sae_jax.parallel.mesh import P as Spec
+from sae_jax.store import reader
+from sae_jax.store.manifest import Manifest
+from sae_jax.train import perf
+from sae_jax.train.checkpoints import Checkpoints
+from sae_jax.train.config import validate
+from sae_jax.train.run import open_run
+from sae_jax.train.state import (
+  State,
+  abstract_state,
+  init_state,
+  steps_of,
+)
+from sae_jax.train.step import evaluate, make_step
+from sae_jax.train.writer import Writer
+
+PREEMPTED = 128 + signal.SIGTERM  # exit code: saved, start me again
+
+
+def train(config: ConfigDict, run_dir: str) -> State:
+  """Trains one SAE as `config` says and leaves it in the run folder.
+
+  Continues from the newest checkpoint of the folder, if there is one. Raises
+  UserError for what the user can mend (a loss that is not finite among it),
+  SystemExit(143) after SIGTERM, when all is saved.
+  """
+  validate(config)
+  c = config.train
+  source = open_source(config)
+  mesh = make_mesh(config.mesh.data, config.mesh.dict)
+  open_run(run_dir, config)
+  last = steps_of(c.rows, c.batch_rows)
+  every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
+  asked_to_stop = _stop_on_sigterm()
+
+  with (
+    jax.set_mesh(mesh),
+    Checkpoints(
+      run_dir, keep=c.keep, keep_every=every(c.keep_rows)
+    ) as checkpoints,
+  ):
+    fingerprint = store_fingerprint(source.manifest)
+    state, position = restore_or_init(config, source, checkpoints, fingerprint)
+    held_out = held_out_rows(config) if c.eval_rows else None
+    batches = reader.train_batches(source, position_rows=position)
+    step_fn, start = make_step(config), int(state.step)
+    writer, meter = Writer(run_dir, start), Meter(config)
+    bar = tqdm(
+      total=last * c.batch_rows, initial=start * c.batch_rows, unit='row',
+      unit_scale=True, desc='train', disable=None,
+    )  # fmt: skip
+    pending = None
+    try:
+      for step in range(start, last + 1):
+        over = step == last or asked_to_stop()
+        save = over or (step > start and step % every(c.save_rows) == 0)
+        if pending and save:  # nothing that is not finite is ever saved
+          pending = _read(pending, writer, meter, bar, config)
+        due = step == last or step % every(c.eval_rows or 1) == 0
+        new = step > start or not start  # else evaluated before it was saved
+        if held_out is not None and due and new:
+          writer.write(step, step * c.batch_rows, _evaluate(state, held_out))
+        if save and step != checkpoints.latest():
+          meta = dict(
+            position=position, config=config.to_dict(), store=fingerprint
+          )
+          checkpoints.save(step, state, meta)
+        if over:
+          break
+        x = next_batch(batches, meter)
+        position += c.batch_rows
+        state, metrics = step_fn(state, x)
+        if pending:
+          pending = _read(pending, writer, meter, bar, config)
+        pending = (step + 1, metrics)
+    finally:
+      writer.close()
+      bar.close()
+      batches.close()
+  if step < last:
+    logging.info('SIGTERM: saved at step %d of %d in %s', step, last, run_dir)
+    sys.exit(PREEMPTED)
+  logging.info('trained on %d rows: %s', last * c.batch_rows, run_dir)
+  return state
+
+
+def open_source(config: ConfigDict) -> reader.BatchSource:
+  """The store's batches; UserError unless store and config fit together."""
+  c = config.store
+  source = reader.BatchSource(
+    c.path, c.site, config.train.batch_rows, seed=config.seed, window=c.window
+  )
+  if source.site.width != config.sae.d_in:
+    raise UserError(
+      f'config.sae.d_in={config.sae.d_in}, but site {c.site} of the store '
+      f'{c.path} is {source.site.width} wide: set '
+      f'--config.sae.d_in={source.site.width}'
+    )
+  return source
+
+
+def store_fingerprint(manifest: Manifest) -> str:
+  """What tells one store from another: a hash of its files' checksums."""
+  files = [
+    (file, entry.checksum)
+    for shard in manifest.shards
+    for file, entry in sorted(shard.files.items())
+  ]
+  return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def restore_or_init(
+  config: ConfigDict,
+  source: reader.BatchSource,
+  checkpoints: Checkpoints,
+  fingerprint: str,
+) -> tuple[State, int]:
+  """(state, data position in rows) to go on from."""
+  step = checkpoints.latest()
+  if step is not None:
+    state, meta = checkpoints.restore(step, abstract_state(config))
+    if meta['store'] != fingerprint:
+      raise UserError(
+        f'the store {config.store.path} is not the one this run was started '
+        'on: give the old one, or take another --workdir'
+      )
+    logging.info('going on from step %d (%d rows)', step, meta['position'])
+    return state, meta['position']
+  mean, centred, raw = reader.normalizer(source.manifest, source.site.name)
+  if config.sae.center:
+    norm = Norm(np.asarray(mean, np.float32), np.float32(math.sqrt(centred)))
+  else:
+    norm = Norm(np.zeros_like(mean, np.float32), np.float32(math.sqrt(raw)))
+  return jax.jit(lambda norm: init_state(config, norm))(norm), 0
+
+
+def held_out_rows(config: ConfigDict) -> jax.Array:
+  """The first config.train.eval_size held-out rows, whole per data shard."""
+  c, taken = config.store, []
+  unit, size = config.mesh.data, config.train.eval_size
+  for rows, _ in reader.held_out(c.path, c.site):
+    taken.append(rows)
+    if sum(map(len, taken)) >= size:
+      break
+  x = np.concatenate(taken)[:size]
+  return jax.device_put(x[: len(x) // unit * unit], Spec(DATA, None))
+
+
+def next_batch(batches: Iterator[np.ndarray], meter: 'Meter') -> jax.Array:
+  """The next rows [B@data, D] on the devices; the wait is metered."""
+  began = time.perf_counter()
+  rows = next(batches)
+  x = jax.make_array_from_process_local_data(Spec(DATA, None), rows)
+  meter.waited += time.perf_counter() - began
+  return x
+
+
+class Meter:
+  """Rows per second, utilisation and waiting since the last logged step."""
+
+  def __init__(self, config: ConfigDict):
+    sae, aux = config.sae, config.act.name == 'topk' and config.loss.aux_coef
+    self._rows = config.train.batch_rows
+    self._flops = perf.step_flops(
+      self._rows, sae.d_in, sae.latents, aux=bool(aux)
+    )
+    virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
+    devices = 1 if virtual else config.mesh.data * config.mesh.dict
+    self._peak = perf.peak_tflops() * devices * 1e12
+    self._step, self._time, self.waited = -1, 0.0, 0.0
+
+  def read(self, step: int) -> dict[str, float]:
+    """Figures of the steps since the last call; none at the first call,
+    whose time is mostly compilation."""
+    now = time.perf_counter()
+    seconds, steps, waited = now - self._time, step - self._step, self.waited
+    first = self._step < 0
+    self._step, self._time, self.waited = step, now, 0.0
+    if first or not steps:
+      return {}
+    rate = steps / seconds
+    return {
+      'perf/rows_per_s': rate * self._rows,
+      'perf/step_ms': 1e3 / rate,
+      'perf/wait_ms': 1e3 * waited / steps,
+      'perf/mfu': rate * self._flops['published'] / self._peak,
+      'perf/mfu_executed': rate * self._flops['executed'] / self._peak,
+    }
+
+
+def _read(pending, writer, meter, bar, config) -> None:
+  """Fetches a finished step's metrics, checks, shows and logs them."""
+  step, metrics = pending
+  values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+  if not math.isfinite(values['train/loss']):
+    raise UserError(
+      f'the loss of step {step} is {values["train/loss"]}: lower '
+      'config.optim.lr or look at the rows; the newest checkpoint holds an '
+      'earlier, finite state'
+    )
+  c = config.train
+  bar.update(c.batch_rows)
+  every = max(c.log_rows // c.batch_rows, 1)
+  if step % every and step != 1 and step * c.batch_rows < c.rows:
+    return
+  shown = {k: values[f'train/{k}'] for k in ('loss', 'fvu', 'l0', 'dead')}
+  values |= meter.read(step)
+  writer.write(step, step * c.batch_rows, values)
+  bar.set_postfix({k: f'{v:.3g}' for k, v in shown.items()})
+  if bar.disable:
+    rate = values.get('perf/rows_per_s', 0)
+    text = ' '.join(f'{k} {v:.4g}' for k, v in shown.items())
+    logging.info('%9d rows  %s  %.0f rows/s', step * c.batch_rows, text, rate)
+
+
+def _evaluate(state: State, held_out: jax.Array) -> dict[str, float]:
+  values = jax.device_get(evaluate(state, held_out))
+  return {name: float(v) for name, v in values.items()}
+
+
+def _stop_on_sigterm():
+  """Installs a handler; the returned function tells whether SIGTERM came."""
+  stop = []
+  if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+  return lambda: bool(stop)

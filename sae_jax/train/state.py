@@ -1,0 +1,128 @@
+"""Everything training needs to go on, as one pytree, and its construction.
+
+`init_state` is pure and runs under jit, so that no full dictionary ever lies
+on one device.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sae_jax.models import activations, objectives, sae
+from sae_jax.models.sae import SAE, Norm
+from sae_jax.parallel.mesh import DICT, spec
+from sae_jax.train import optim
+
+
+@struct.dataclass
+class State:
+  """What a checkpoint holds besides the data position."""
+
+  step: jax.Array  # [] int32, updates made
+  sae: SAE
+  opt: optax.OptState
+  rows_since_fired: jax.Array  # [F@dict] int32, saturates at 2^30
+  ema: SAE | None  # running mean of the learned arrays (its normalisers None)
+
+
+def learned(s: SAE) -> SAE:
+  """The SAE without the leaves that no gradient touches."""
+  return s.replace(norm_in=None, norm_out=None)
+
+
+def final_sae(state: State) -> SAE:
+  """The SAE to use: the running mean of the weights where there is one."""
+  if state.ema is None:
+    return state.sae
+  norms = dict(norm_in=state.sae.norm_in, norm_out=state.sae.norm_out)
+  return optim.constrain(state.ema.replace(**norms))
+
+
+def make_activation(act: ConfigDict, latents: int) -> activations.Activation:
+  """The activation that config.act names; initial parameters."""
+  match act.name:
+    case 'jumprelu':
+      theta = jnp.full(latents, act.theta, out_sharding=spec(DICT))
+      return activations.jump_relu(theta, act.bandwidth, log=act.log_theta)
+    case 'topk':
+      return activations.TopK(act.k)
+  raise ValueError(f'unknown activation {act.name!r}')
+
+
+def make_penalties(config: ConfigDict) -> tuple[objectives.Penalty, ...]:
+  """The penalties that config.loss asks for with config.act."""
+  c = config.loss
+  if config.act.name == 'jumprelu':
+    coef, target = jnp.float32(c.l0_coef), jnp.float32(c.target_l0)
+    return (objectives.L0Penalty(coef, target, quadratic=c.target_l0 > 0),)
+  if c.aux_coef:
+    return (objectives.AuxK(jnp.float32(c.aux_coef), c.aux_k),)
+  return ()
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+  """config.optim's learning rate as a function of the step."""
+  c, batch = config.optim, config.train.batch_rows
+  return optim.learning_rate(
+    optim.width_scaled(c.lr, config.sae.latents, c.lr_width),
+    steps=steps_of(config.train.rows, batch),
+    warmup_steps=c.warmup_rows // batch,
+    decay_steps=c.decay_rows // batch,
+  )
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """config.optim's optimiser."""
+  c = config.optim
+  return optim.make_optimizer(
+    make_schedule(config), b1=c.b1, b2=c.b2, eps=c.eps, clip=c.clip_norm
+  )
+
+
+def steps_of(rows: int, batch_rows: int) -> int:
+  """Steps that cover `rows`; the last batch is whole."""
+  return -(-rows // batch_rows)
+
+
+def init_state(config: ConfigDict, norm: Norm) -> State:
+  """The state before the first step, sharded under the current mesh."""
+  F = config.sae.latents
+  s = sae.init(
+    jax.random.key(config.seed),
+    latents=F,
+    act=make_activation(config.act, F),
+    norm_in=norm,
+    pre_bias=config.sae.pre_bias,
+  )
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    sae=s,
+    opt=make_optimizer(config).init(learned(s)),
+    rows_since_fired=jnp.zeros(F, jnp.int32, out_sharding=spec(DICT)),
+    # Adding zero makes copies: a donated buffer may appear once only.
+    ema=jax.tree.map(lambda x: x + 0, learned(s)) if config.optim.ema else None,
+  )
+
+
+def abstract_state(config: ConfigDict) -> State:
+  """The state's shapes, types and concrete shardings, without its arrays.
+
+  Under a mesh the state's own sharding; without one, the first device.
+  """
+  d = config.sae.d_in
+  norm = Norm(jnp.zeros(d), jnp.ones(()))
+  shapes = jax.eval_shape(lambda: init_state(config, norm))
+  mesh = jax.sharding.get_mesh()
+
+  def concrete(a):
+    if mesh.empty:
+      sharding = SingleDeviceSharding(jax.devices()[0])
+    else:
+      sharding = NamedSharding(mesh, a.sharding.spec if a.sharding else P())
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+  return jax.tree.map(concrete, shapes)

@@ -1,0 +1,52 @@
+"""Metrics: metrics.jsonl and TensorBoard files, exact across restarts."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from sae_jax.paths import write_atomic
+
+
+class Writer:
+  """Writes one line of scalars per logged step into a run folder.
+
+  Opened at step n of a resumed run it first drops what an interrupted run
+  logged beyond n, so that each step stands in the file once.
+  """
+
+  def __init__(self, run_dir: str | Path, step: int):
+    path = Path(run_dir) / 'metrics.jsonl'
+    write_atomic(path, ''.join(_lines_up_to(path, step)))
+    self._file = open(path, 'a')
+    self._board = SummaryWriter(
+      str(Path(run_dir) / 'tensorboard'),
+      purge_step=step + 1,
+      write_to_disk=True,
+    )
+
+  def write(self, step: int, rows: int, values: Mapping[str, float]) -> None:
+    """Appends `values` (finite or not) for the state after `step` updates."""
+    record = {'step': step, 'rows': rows} | {
+      k: v if math.isfinite(v) else None for k, v in values.items()
+    }
+    self._file.write(json.dumps(record) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, global_step=rows)
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+  """The whole lines of the file that belong to steps <= step; none for a
+  run that starts anew."""
+  if not step or not path.exists():
+    return []
+  with open(path) as file:
+    whole = [line for line in file if line.endswith('\n')]
+  return [line for line in whole if json.loads(line)['step'] <= step]

@@ -1,0 +1,52 @@
+"""The package and its dependencies; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# Reads and dequantises GGUF files, as the demo's language model is one.
+_GGUF = 'gguf>=0.17,<0.20'
+
+setup(
+  name='sae-jax',
+  version='0.1.0',
+  description='Sparse dictionaries of language-model activations, on JAX.',
+  long_description=open('README.md', encoding='utf-8').read(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=find_packages(include=['sae_jax', 'sae_jax.*']),
+  package_data={'sae_jax.evaluate': ['*.jinja']},
+  install_requires=[
+    # Upper bounds are the newest versions the suite was run with: JAX and
+    # Orbax change signatures between minor releases.
+    'jax>=0.10.2,<0.13',  # explicit sharding; 0.10.2 is the last for py3.11
+    'flax>=0.12.8,<0.13',  # struct.dataclass: the SAE as a pytree
+    'optax>=0.2.8,<0.3',  # Adam without a first moment (scale_by_rms options)
+    'orbax-checkpoint>=0.12.8,<0.13',  # asynchronous, sharded checkpoints
+    'grain>=0.2.18,<0.3',  # prefetching with an exact position
+    'ml_collections>=1.1,<2',  # configs with typed, overridable keys
+    'absl-py>=2.3,<3',  # flags and logging
+    'numpy>=2.0,<3',
+    'ml_dtypes>=0.5',  # bfloat16 for numpy: rows on disk
+    'xxhash>=3.4,<4',  # checks every block read at 10 GB/s; crc32 does 1
+    'tensorboardX>=2.6,<3',  # TensorBoard files without TensorFlow
+    'tqdm>=4.66,<5',  # progress bars
+    'tokenizers>=0.22,<0.24',  # text to token ids
+    'transformers>=5.0,<6',  # tokenizers and configs of hub models; no torch
+    'jinja2>=3.1,<4',  # report.html
+    'matplotlib>=3.9,<4',  # the report's plots
+  ],
+  extras_require={
+    'test': [
+      _GGUF,
+      'pytest>=8,<10',
+      'scipy>=1.14,<2',  # exact distributions to test estimators against
+      'torch==2.13.0',  # the reference models of transformers run on it
+      'safetensors>=0.6',
+      'ruff==0.17.6',  # lint; pinned since its rules change
+      'pyright==1.1.414',  # types; pinned likewise
+    ],
+    'demo': [_GGUF],
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda12]'],
+  },
+)

@@ -1,0 +1,95 @@
+"""A tiny language model, its store, and SAEs whose figures are known."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from sae_jax.lm import model
+from sae_jax.lm.config import LMConfig
+from sae_jax.models.activations import jump_relu
+from sae_jax.models.sae import SAE, identity_norm
+from sae_jax.store.manifest import Site
+from sae_jax.store.plan import plan
+from sae_jax.store.writer import open_writer
+
+SITE = 'layer_0.resid_post'
+BOS, EOS = 1, 2
+CFG = LMConfig(
+  vocab=40, d_model=16, layers=2, heads=2, kv_heads=1, head_dim=8, d_mlp=24
+)
+T = 12
+
+
+def make_sae(W_enc, W_dec, *, theta=0.0):
+  """JumpReLU SAE without biases or normalisers: W_enc [F, D], W_dec [F, D]."""
+  latents, width = W_enc.shape
+  return SAE(
+    W_enc=jnp.float32(W_enc),
+    b_enc=jnp.zeros(latents),
+    W_dec=jnp.float32(W_dec),
+    b_dec=jnp.zeros(width),
+    act=jump_relu(jnp.full(latents, theta), 0.1),
+    norm_in=identity_norm(width),
+    norm_out=identity_norm(width),
+    pre_bias=False,
+  )
+
+
+def identity_sae(width):
+  """relu(x) and relu(-x) in latents: x_hat = x to the last bit."""
+  W = np.concatenate([np.eye(width), -np.eye(width)])
+  return make_sae(W, W)
+
+
+def zero_sae(width):
+  """Reconstructs every row as zero."""
+  W = np.eye(width)
+  return make_sae(W, 0 * W)
+
+
+def random_sae(width, latents, seed=0):
+  """Reconstructs badly, with some latents that never fire."""
+  rng = np.random.default_rng(seed)
+  W_enc, W_dec = rng.normal(size=(2, latents, width)) / width**0.5
+  W_enc[::7] = 0
+  return make_sae(W_enc, 0.3 * W_dec, theta=0.5)
+
+
+def random_lm(seed=0):
+  return model.init(jax.random.key(seed), CFG)
+
+
+def random_tokens(n, seed=0):
+  """Token ids [n, T], BOS first, an EOS here and there; keep [n, T]."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(3, CFG.vocab, (n, T)).astype(np.int32)
+  tokens[rng.random((n, T)) < 0.05] = EOS
+  tokens[:, 0] = BOS
+  keep = (tokens != EOS) & (tokens != BOS)
+  return tokens, keep
+
+
+def write_store(root, tokens, keep, rows, *, site=SITE, shard=64, **fields):
+  """A store of rows [keep.sum(), D], the first shard held out."""
+  width, dtype = rows.shape[1], rows.dtype.name
+  origin = {'model': {}, 'text': {}, 'policy': {}, 'config': {}, 'made_by': {}}
+  manifest = plan(
+    tokens, keep, [Site(site, width, dtype)], rows=len(rows),
+    rows_per_shard=shard, rows_per_block=16, held_out_shards=1, norm_shards=1,
+    seed=0, **(origin | fields),
+  )  # fmt: skip
+  with open_writer(root, manifest, tokens, keep) as writer:
+    writer.write(0, {site: rows})
+    return writer.finish()
+
+
+def blocks(rows, tokens=None, step=7):
+  """rows [n, D] as a store's reader gives them, in odd pieces."""
+  if tokens is None:
+    tokens = np.zeros((len(rows), 3), np.int32)
+  for at in range(0, len(rows), step):
+    yield rows[at : at + step], tokens[at : at + step]
+
+
+bfloat16 = ml_dtypes.bfloat16

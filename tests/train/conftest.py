@@ -1,0 +1,20 @@
+"""A small store of planted rows."""
+
+import pytest
+from train_runs import SITE, planted_rows
+
+from sae_jax.store.writer import write_arrays
+
+
+@pytest.fixture(scope='session')
+def store(tmp_path_factory):
+  """Path of a store: 16 wide, 2 held-out and 14 training shards of 256."""
+  root = tmp_path_factory.mktemp('store')
+  write_arrays(
+    root,
+    {SITE: planted_rows(16 * 256)[0]},
+    rows_per_shard=256,
+    rows_per_block=16,
+    held_out_shards=2,
+  )
+  return root

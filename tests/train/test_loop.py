@@ -1,0 +1,158 @@
+"""The whole job: it learns, resumes to the bit, and loads again."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from train_runs import (
+  ATOMS,
+  ROOT,
+  SITE,
+  command,
+  overrides,
+  planted_rows,
+  run,
+)
+
+import sae_jax
+from sae_jax.parallel.mesh import make_mesh
+from sae_jax.store.writer import write_arrays
+from sae_jax.train import checkpoints
+
+
+def _metrics(workdir):
+  """The lines of metrics.jsonl without the timings."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  keep = lambda k: not k.startswith('perf/')
+  return [
+    {k: v for k, v in json.loads(line).items() if keep(k)} for line in lines
+  ]
+
+
+def _arrays(workdir):
+  s = sae_jax.load(workdir)
+  return [np.asarray(x) for x in jax.tree.leaves(s)]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize('name', ['jumprelu', 'topk'])
+def test_killed_at_random_it_ends_as_if_never_stopped(tmp_path, store, name):
+  """SIGKILL three times, wherever it happens to be; then to the end."""
+  flags = overrides(store)
+  config = f'{name}.py:demo'
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  done = run(whole, config, *flags)
+  assert done.returncode == 0, done.stderr
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '8'}
+  log = killed / 'metrics.jsonl'
+  lines = lambda: len(log.read_bytes().splitlines()) if log.exists() else 0
+  rng = np.random.default_rng()  # any moment must do
+  for target in sorted(rng.integers(14, 40, 3)):
+    child = subprocess.Popen(
+      command(killed, config, *flags),
+      env=env,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    while child.poll() is None and lines() < target:
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.02))
+    child.send_signal(signal.SIGKILL)
+    child.wait(timeout=60)
+  done = run(killed, config, *flags)
+  assert done.returncode == 0, done.stderr
+  assert 'going on from step' in done.stderr
+  assert _metrics(killed) == _metrics(whole)
+  for a, b in zip(_arrays(killed), _arrays(whole), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_same_run_on_every_mesh(tmp_path, store):
+  """Same batches, same trajectory to tolerance, and a restart elsewhere."""
+  flags = overrides(store)
+  for mesh in ((1, 1), (2, 4)):
+    more = [f'--config.mesh.data={mesh[0]}', f'--config.mesh.dict={mesh[1]}']
+    done = run(tmp_path / f'{mesh[0]}', 'topk.py:demo', *flags, *more)
+    assert done.returncode == 0, done.stderr
+  one, eight = _metrics(tmp_path / '1'), _metrics(tmp_path / '2')
+  assert len(one) == len(eight) == 40 + 5
+  for a, b in zip(one, eight, strict=True):
+    assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+  with jax.set_mesh(make_mesh(1, 8)):
+    s = sae_jax.load(tmp_path / '2')
+    assert {len(x.data) for x in s.W_dec.addressable_shards} == {8}
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tmp_path, store):
+  flags = overrides(store, **{'train.rows': 64_000, 'train.save_rows': 64_000})
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  child = subprocess.Popen(
+    command(tmp_path, 'topk.py:demo', *flags),
+    env=env,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  while not (tmp_path / 'metrics.jsonl').exists():
+    assert child.poll() is None
+    time.sleep(0.01)
+  time.sleep(1.0)
+  child.send_signal(signal.SIGTERM)
+  _, stderr = child.communicate(timeout=60)
+  assert child.returncode == 143, stderr
+  step = checkpoints.latest_step(tmp_path)
+  assert 0 < step < 1000 and f'saved at step {step}' in stderr
+  done = run(tmp_path, 'topk.py:demo', *flags)
+  assert done.returncode == 0 and f'going on from step {step}' in done.stderr
+  steps = [line['step'] for line in _metrics(tmp_path) if 'train/l0' in line]
+  assert steps == list(range(1, 1001))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['jumprelu', 'topk'])
+def test_planted_atoms_are_recovered(tmp_path, name):
+  """At least 90% of the planted atoms have a latent with cosine > 0.9."""
+  rows, atoms = planted_rows(200_000, d=32, atoms=64, active=4)
+  store = tmp_path / 'store'
+  write_arrays(store, {SITE: rows}, rows_per_shard=8192, rows_per_block=128)
+  more = {
+    'sae.d_in': 32, 'sae.latents': 128, 'train.rows': 1_500_000,
+    'train.batch_rows': 1024, 'train.log_rows': 100_000,
+    'train.save_rows': 1_500_000, 'train.eval_rows': 500_000,
+    'train.eval_size': 4096, 'loss.dead_rows': 50_000, 'loss.aux_k': 16,
+    'loss.l0_coef': 0.02, 'optim.lr': 3e-3, 'act.theta': 0.3,
+    'act.bandwidth': 0.2,
+  }  # fmt: skip
+  done = run(tmp_path / 'run', f'{name}.py:demo', *overrides(store, **more))
+  assert done.returncode == 0, done.stderr
+  s = sae_jax.load(tmp_path / 'run')
+  cosine = np.abs(atoms @ np.asarray(s.W_dec).T).max(axis=1)
+  last = _metrics(tmp_path / 'run')[-1]
+  print(f'{name}: {(cosine > 0.9).mean():.3f} recovered, {last}')
+  assert (cosine > 0.9).mean() >= 0.9
+  assert last['eval/fvu'] < 0.2
+
+
+def test_load_gives_raw_units_and_the_newest_checkpoint(tmp_path, store):
+  flags = overrides(store, **{'optim.ema': 0.9})
+  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  s = sae_jax.load(tmp_path)
+  x = planted_rows(256, seed=5)[0]
+  f = s.encode(x)
+  assert f.shape == (256, 64) and (np.asarray(f) != 0).sum(1).max() <= 4
+  error = ((x - s.decode(f)) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+  assert error < 0.8
+  early = sae_jax.load(tmp_path, step=30)
+  assert not np.array_equal(early.W_dec, s.W_dec)
+  assert len(atoms := planted_rows(1)[1]) == ATOMS and atoms.shape[1] == 16
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path, store):
+  flags = overrides(store, **{'train.keep_rows': 20 * 64, 'train.keep': 1})
+  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  kept = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
+  assert {name for name in kept if name.isdigit()} == {'20', '40'}

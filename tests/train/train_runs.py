@@ -1,0 +1,67 @@
+"""Planted rows, and the training program as users run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+D, ATOMS, SITE = 16, 24, 'layer_0.resid_post'
+
+
+def planted_rows(n, *, d=D, atoms=ATOMS, active=2, seed=0):
+  """(rows [n, d], atoms [atoms, d]): sums of a few unit directions."""
+  rng = np.random.default_rng(0)
+  directions = rng.normal(size=(atoms, d)).astype(np.float32)
+  directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+  rng = np.random.default_rng(seed)
+  f = rng.uniform(0.5, 1.5, (n, atoms)) * (
+    rng.random((n, atoms)) < active / atoms
+  )
+  rows = f.astype(np.float32) @ directions + 0.3
+  return rows + rng.normal(0, 0.01, rows.shape).astype(np.float32), directions
+
+
+def overrides(store, **more):
+  """Flags that shrink a demo config to the planted store."""
+  values = {
+    'store.path': store,
+    'store.site': SITE,
+    'sae.d_in': D,
+    'sae.latents': 64,
+    'train.rows': 40 * 64,
+    'train.batch_rows': 64,
+    'train.log_rows': 64,
+    'train.save_rows': 10 * 64,
+    'train.eval_rows': 10 * 64,
+    'train.eval_size': 256,
+    'loss.dead_rows': 512,
+    'loss.aux_k': 8,
+    'act.k': 4,
+  } | more
+  return [f'--config.{key}={value}' for key, value in values.items()]
+
+
+def command(workdir, config, *flags):
+  return [
+    sys.executable, str(ROOT / 'launch' / 'train.py'), f'--workdir={workdir}',
+    f'--config={ROOT}/configs/{config}', *map(str, flags),
+  ]  # fmt: skip
+
+
+def run(workdir, config, *flags, devices=8, **kwargs):
+  """Runs launch/train.py to its end; the finished process with its output."""
+  env = os.environ | {
+    'PYTHONPATH': str(ROOT),
+    'JAX_NUM_CPU_DEVICES': str(devices),
+  }
+  return subprocess.run(
+    command(workdir, config, *flags),
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    **kwargs,
+  )
