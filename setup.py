@@ -4,6 +4,11 @@ from setuptools import find_packages, setup
 
 # Reads and dequantises GGUF files, as the demo's language model is one.
 _GGUF = 'gguf>=0.17,<0.20'
+_SMOKE = [
+  _GGUF,
+  'pytest>=8,<10',
+  'scipy>=1.14,<2',  # exact distributions to test estimators against
+]
 
 setup(
   name='sae-jax',
@@ -36,12 +41,10 @@ setup(
     'matplotlib>=3.9,<4',  # the report's plots
   ],
   extras_require={
+    'smoke': _SMOKE,
     'test': [
-      _GGUF,
-      'pytest>=8,<10',
-      'scipy>=1.14,<2',  # exact distributions to test estimators against
+      *_SMOKE,
       'torch==2.13.0',  # the reference models of transformers run on it
-      'safetensors>=0.6',
       'ruff==0.17.6',  # lint; pinned since its rules change
       'pyright==1.1.414',  # types; pinned likewise
     ],

@@ -6,6 +6,7 @@ python launch/harvest.py --config=configs/harvest.py:smollm2
 
 from ml_collections import ConfigDict
 
+from sae_jax.errors import UserError
 from sae_jax.harvest.config import base_config
 from sae_jax.paths import cache_dir
 
@@ -28,4 +29,4 @@ def get_config(arg: str = 'smollm2') -> ConfigDict:
     c.store.rows_per_shard = 256
     c.store.rows_per_block = 32
     return c
-  raise ValueError(f'configs/harvest.py:{arg}: use smollm2 or tiny')
+  raise UserError(f'configs/harvest.py:{arg}: use smollm2 or tiny')

@@ -4,13 +4,12 @@ python launch/train.py --workdir=runs/a --config=configs/jumprelu.py:demo
 ':gemma_scope' has the paper's numbers, ':demo' fits the quickstart's store.
 """
 
-from ml_collections import ConfigDict
-
+from sae_jax.config import Config
 from sae_jax.paths import cache_dir
 from sae_jax.train.config import base_config
 
 
-def get_config(arg: str = 'gemma_scope') -> ConfigDict:
+def get_config(arg: str = 'gemma_scope') -> Config:
   """arg: 'gemma_scope' or 'demo'."""
   c = base_config()
   c.act.name = 'jumprelu'
@@ -21,7 +20,7 @@ def get_config(arg: str = 'gemma_scope') -> ConfigDict:
   raise ValueError(f'configs/jumprelu.py:{arg}: use gemma_scope or demo')
 
 
-def gemma_scope(c: ConfigDict) -> ConfigDict:
+def gemma_scope(c: Config) -> Config:
   """Width 16k on Gemma 2 2B, 4B tokens (the paper's section 3, table 1)."""
   c.store.site = 'layer_12.resid_post'
   c.sae.d_in = 2304
@@ -39,7 +38,7 @@ def gemma_scope(c: ConfigDict) -> ConfigDict:
   return c
 
 
-def demo(c: ConfigDict) -> ConfigDict:
+def demo(c: Config) -> Config:
   """Minutes on a laptop: a hundredth of a percent of the paper's rows.
 
   Theta is learned directly and starts inside the distribution of the

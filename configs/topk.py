@@ -4,13 +4,12 @@ python launch/train.py --workdir=runs/b --config=configs/topk.py:demo
 ':openai' keeps the paper's optimiser, ':demo' fits the quickstart's store.
 """
 
-from ml_collections import ConfigDict
-
+from sae_jax.config import Config
 from sae_jax.paths import cache_dir
 from sae_jax.train.config import base_config
 
 
-def get_config(arg: str = 'openai') -> ConfigDict:
+def get_config(arg: str = 'openai') -> Config:
   """arg: 'openai' or 'demo'."""
   c = base_config()
   c.act.name = 'topk'
@@ -21,7 +20,7 @@ def get_config(arg: str = 'openai') -> ConfigDict:
   raise ValueError(f'configs/topk.py:{arg}: use openai or demo')
 
 
-def openai(c: ConfigDict) -> ConfigDict:
+def openai(c: Config) -> Config:
   """Width 32k, k = 32, at the width of GPT-2 small; the paper's optimiser.
 
   Rows are normalised by the store's one mean and scale, not each by its own.
@@ -40,7 +39,7 @@ def openai(c: ConfigDict) -> ConfigDict:
   return c
 
 
-def demo(c: ConfigDict) -> ConfigDict:
+def demo(c: Config) -> Config:
   """Minutes on a laptop; Adam without a first moment, like our JumpReLU."""
   c.store.path = cache_dir('stores', 'smollm2')
   c.act.k = 32

@@ -16,4 +16,4 @@ flags.mark_flag_as_required('config')
 flags.register_validator('workdir', bool, 'give the folder of the run')
 
 if __name__ == '__main__':
-  cli.run(lambda: train(_CONFIG.value, _WORKDIR.value) and None)
+  cli.run(lambda: train(_CONFIG.value, str(_WORKDIR.value)) and None)

@@ -4,6 +4,6 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 source "$ROOT/scripts/env.sh"
-use_env test
+use_env "${SAE_JAX_EXTRA:-test}"
 cd "$ROOT"
 exec "$PYTHON" -m pytest "$@"

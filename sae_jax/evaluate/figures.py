@@ -38,26 +38,6 @@ FIGURES = (
     'than this sample can show.',
   ),
   Figure(
-    'mse', 'Mean squared error', 'squared activation units per token', '.4g',
-    'Squared length of the error vector, averaged over tokens, in the '
-    "model's own units. Divided by the variance it gives the figure above.",
-  ),
-  Figure(
-    'variance', 'Variance', 'squared activation units per token', '.4g',
-    'Squared distance of an activation from the mean activation, averaged '
-    'over tokens: what there is to explain.',
-  ),
-  Figure(
-    'cosine', 'Cosine similarity', '', '.4f',
-    'Cosine of the angle between activation and reconstruction. 1 is the '
-    'same direction; a large common mean makes it look better than it is.',
-  ),
-  Figure(
-    'relative_reconstruction_bias', 'Relative reconstruction bias', '', '.4f',
-    'Size of the reconstruction where it points the right way. Below 1 the '
-    'features are systematically too weak (shrinkage).',
-  ),
-  Figure(
     'delta_loss', 'Delta loss', 'nats per token', '.4f',
     'What it costs the language model to run on the reconstruction instead '
     'of its own activation. 0 is lossless; the figure to compare first.',
@@ -79,6 +59,27 @@ FIGURES = (
   Figure(
     'ce_zero', 'Cross-entropy, zeros', 'nats per token', '.4f',
     'The same with zeros in place of the activation.',
+  ),
+  Figure(
+    'mse', 'Mean squared error', 'squared activation units per token', '.4g',
+    'Squared length of the error vector, averaged over tokens, in the '
+    "model's own units.",
+  ),
+  Figure(
+    'variance', 'Variance', 'squared activation units per token', '.4g',
+    'Squared distance of an activation from the mean activation, averaged '
+    'over tokens: what there is to explain. The mean squared error over this '
+    'is the fraction of variance unexplained.',
+  ),
+  Figure(
+    'cosine', 'Cosine similarity', '', '.4f',
+    'Cosine of the angle between activation and reconstruction. 1 is the '
+    'same direction; a large common mean makes it look better than it is.',
+  ),
+  Figure(
+    'relative_reconstruction_bias', 'Relative reconstruction bias', '', '.4f',
+    'Size of the reconstruction where it points the right way. Below 1 the '
+    'features are systematically too weak (shrinkage).',
   ),
 )  # fmt: skip
 

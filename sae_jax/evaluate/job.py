@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
 import sae_jax
 from sae_jax.errors import UserError
@@ -24,7 +23,6 @@ from sae_jax.evaluate.held_out import HeldOut, read_held_out, spread
 from sae_jax.evaluate.reconstruction import Reconstruction, reconstruction
 from sae_jax.evaluate.splice import Splice, splice_loss
 from sae_jax.lm.subject import Subject, load_subject
-from sae_jax.lm.tokens import load_tokenizer
 from sae_jax.models.sae import SAE
 from sae_jax.store import reader
 from sae_jax.store.manifest import Manifest, read_manifest
@@ -80,17 +78,18 @@ def evaluate(
   with _timed(seconds, 'total'):
     with _timed(seconds, 'load'):
       run = open_run(run_dir, store_path)
-      subject, tokenizer = open_model(run.manifest, model_path, language_model)
+      subject = open_model(run.manifest, model_path, language_model)
+      tokenizer = subject and subject.tokenizer
     site, width = run.config.store.site, run.config.sae.d_in
     read = lambda: reader.held_out(run.store, site)
     with _timed(seconds, 'reconstruction'):
       limit = min(rows, run.held_out.rows)
       rebuilt = reconstruction(run.sae, read(), width=width, limit=limit)
     spliced = None
-    if subject:
+    if subject and language_model:
       with _timed(seconds, 'language_model'):
         spliced = splice(run, subject, sequences)
-      del subject  # the rest does not need its weights
+    del subject  # the rest does not need its weights
     with _timed(seconds, 'contexts'):
       features = top_contexts(
         run.sae, read, lambda i: run.held_out.tokens[i], rebuilt.fired,
@@ -119,44 +118,32 @@ def open_run(run_dir: str | Path, store_path: str) -> Run:
   return Run(Path(run_dir), config, step, sae, root, manifest, held_out)
 
 
-def open_model(
-  manifest: Manifest, path: str, weights: bool
-) -> tuple[Subject | None, Tokenizer | None]:
-  """The subject model of a store and its tokenizer, checked by their hashes.
+def open_model(manifest: Manifest, path: str, needed: bool) -> Subject | None:
+  """The subject model of a store, checked by its hashes.
 
-  Without `weights` only the tokenizer, and not even that where the file is
-  missing: the report then shows token ids.
+  None where it is not `needed` and its file is missing: the report then shows
+  token ids.
   """
   model = ConfigDict(manifest.config.get('model') or {'kind': '', 'path': ''})
   model.path = path or model.path
-  there = bool(model.path) and Path(model.path).expanduser().is_file()
-  if not there and weights:
-    raise UserError(
-      f'language model: no file {model.path!r}: give --model_path, or '
-      '--lm=false to do without the figures of its loss'
-    )
-  if not there:
+  if not model.path or not Path(model.path).expanduser().is_file():
+    if needed:
+      raise UserError(
+        f'language model: no file {model.path!r}: give --model_path, or '
+        '--lm=false to do without the figures of its loss'
+      )
     log.warning('no file %r: the report shows token ids', model.path)
-    return None, None
-  if not weights:
-    tokenizer = load_tokenizer(model)
-    _same(model.path, manifest, 'tokenizer', tokenizer.to_str())
-    return None, tokenizer
+    return None
   subject = load_subject(model)
-  for what in ('weights', 'tokenizer'):
-    _same(model.path, manifest, what, getattr(subject, f'{what}_sha256'))
-  return subject, subject.tokenizer
-
-
-def _same(path: str, manifest: Manifest, what: str, found: str) -> None:
-  """UserError unless a hash is the one in the manifest."""
-  expected = manifest.model.get(f'{what}_sha256')
-  if found != expected:
-    raise UserError(
-      f'language model: {path} is not the model that was harvested '
-      f'({what} sha256 {found[:12]}..., the store says '
-      f'{str(expected)[:12]}...): give --model_path'
-    )
+  for name in ('weights_sha256', 'tokenizer_sha256'):
+    found, expected = getattr(subject, name), manifest.model.get(name)
+    if found != expected:
+      raise UserError(
+        f'language model: {model.path} is not the model that was harvested '
+        f'({name} {found[:12]}..., in the store {str(expected)[:12]}...): '
+        'give --model_path'
+      )
+  return subject
 
 
 def splice(run: Run, subject: Subject, sequences: int) -> Splice:
@@ -190,6 +177,7 @@ def record(
   config, manifest = run.config, run.manifest
   values = figures.collect(rebuilt, spliced)
   edges, counts = frequency_bins(rebuilt)
+  living = rebuilt.frequency[rebuilt.fired > 0]
   now = datetime.datetime.now(datetime.UTC)
   return {
     'format': FORMAT,
@@ -217,6 +205,7 @@ def record(
       'log10_edges': edges.tolist(),
       'latents': counts.tolist(),
       'dead': int((rebuilt.fired == 0).sum()),
+      'median_of_living': float(np.median(living)) if len(living) else None,
     },
     'seconds': {name: round(value, 1) for name, value in seconds.items()},
     'versions': checkpoints.versions(),

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import (
   EngFormatter,
   FuncFormatter,
+  LogLocator,
   MaxNLocator,
   NullFormatter,
 )
@@ -59,9 +60,8 @@ class Line(NamedTuple):
 
 
 def curves(
-  name: str, lines: Sequence[Line], *, alt: str, log: bool = False,
-  percent: bool = False,
-) -> str:  # fmt: skip
+  name: str, lines: Sequence[Line], *, alt: str, percent: bool = False
+) -> str:
   """SVG of up to two curves over rows seen in training."""
   with mpl.rc_context(_STYLE | {'svg.hashsalt': name}):
     figure = Figure(figsize=(4.4, 2.7), layout='constrained')
@@ -71,14 +71,15 @@ def curves(
     ):
       axes.plot(
         line.x, line.y, style, color=color, lw=1.6, label=line.label,
-        marker='o' if len(line.x) < 3 else None, markersize=3,
+        marker='o' if len(line.x) < 3 else None, markersize=3, clip_on=False,
       )  # fmt: skip
     axes.set_xlabel('training rows (tokens)')
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    if log:
+    if _spans_decades(lines):
       axes.set_yscale('log')
+      axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:g}'))
       axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -90,12 +91,18 @@ def curves(
     return _svg(figure, name, alt)
 
 
+def _spans_decades(lines: Sequence[Line]) -> bool:
+  """Whether a logarithmic axis shows more: positive, and wide enough."""
+  values = [y for line in lines for y in line.y]
+  return min(values) > 0 and max(values) > 3 * min(values)
+
+
 def frequency_histogram(
   counts: np.ndarray, edges: np.ndarray, *, alt: str
 ) -> str:
   """SVG of latents by log10 firing frequency; counts [n], edges [n + 1]."""
   with mpl.rc_context(_STYLE | {'svg.hashsalt': 'frequency'}):
-    figure = Figure(figsize=(6.6, 2.7), layout='constrained')
+    figure = Figure(figsize=(8.9, 2.9), layout='constrained')
     axes = figure.subplots()
     width = np.diff(edges)
     axes.bar(edges[:-1] + width / 2, counts, width * 0.9, color=_MAIN)

@@ -31,14 +31,40 @@ _KINDS = {
   'mlp_in': 'MLP input of',
   'mlp_out': 'MLP output of',
 }
-# (file name, title, keys of metrics.jsonl with their names, plot options)
-_CURVES = (
-  ('loss', 'Training loss', {'train/loss': 'training'}, {'log': True}),
-  ('l0', 'Active latents per token (L0)',
-   {'train/l0': 'training', 'eval/l0': 'held-out'}, {'log': True}),
-  ('fvu', 'Fraction of variance unexplained',
-   {'train/fvu': 'training', 'eval/fvu': 'held-out'}, {'log': True}),
-  ('dead', 'Dead latents', {'train/dead': 'training'}, {'percent': True}),
+_ACTIVATIONS = {'topk': 'TopK', 'jumprelu': 'JumpReLU'}
+
+
+class Chart(NamedTuple):
+  """A training curve: keys of metrics.jsonl, and how to draw and read them."""
+
+  name: str
+  title: str
+  keys: dict[str, str]
+  form: str  # of the last training value
+  meaning: str
+  percent: bool = False
+
+
+_CHARTS = (
+  Chart(
+    'loss', 'Training loss', {'train/loss': 'training'}, '.3g',
+    'Squared error plus penalties, in normalised units; {last} at the end.',
+  ),
+  Chart(
+    'l0', 'Active latents per token (L0)',
+    {'train/l0': 'training', 'eval/l0': 'held-out'}, '.3g',
+    'Features used at a token; {last} at the end.',
+  ),
+  Chart(
+    'fvu', 'Fraction of variance unexplained',
+    {'train/fvu': 'training', 'eval/fvu': 'held-out'}, '.3g',
+    'Share of the variation that is missed; {last} at the end.',
+  ),
+  Chart(
+    'dead', 'Dead latents', {'train/dead': 'training'}, '.2%',
+    'Share of features that have long not fired in training; {last} at the '
+    'end.', percent=True,
+  ),
 )  # fmt: skip
 
 
@@ -139,19 +165,24 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
   ]
   if 'loss_recovered' in values:
     recovered = _percent(values['loss_recovered'])
-    tiles.insert(2, (recovered, "of the language model's loss recovered"))
+    label = "of the language model's loss recovered"
+    if values['delta_loss'] is not None:
+      label += f' (delta loss {values["delta_loss"]:.3f} nats)'
+    tiles.insert(2, (recovered, label))
   return [{'value': value, 'label': label} for value, label in tiles]
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
   """What was trained on what."""
   dictionary = result['dictionary']
+  activation = dictionary['activation']
   facts = [
     ('Subject model', result['subject']['name']),
     ('Site', f'{result["site"]}: {site_in_words(result["site"])}'),
     (
       'Dictionary',
-      f'{dictionary["activation"]}, {dictionary["width"]} numbers in, '
+      f'{_ACTIVATIONS.get(activation, activation)}, '
+      f'{dictionary["width"]} numbers in, '
       f'{dictionary["latents"]:,} features',
     ),
     ('Trained on', f'{result["training_rows"]:,} rows (tokens)'),
@@ -173,24 +204,26 @@ def _percent(value: float | None) -> str:
 
 
 def _charts(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Training curves for the keys that metrics.jsonl has."""
-  charts = []
-  for name, title, keys, options in _CURVES:
+  """The training curves that metrics.jsonl has numbers for."""
+  shown = []
+  for chart in _CHARTS:
     lines = []
-    for key, label in keys.items():
+    for key, label in chart.keys.items():
       points = [(m['rows'], m[key]) for m in metrics if m.get(key) is not None]
       if points:
         lines.append(plots.Line(label, *zip(*points, strict=True)))
     if not lines:
       continue
-    first, last = lines[0].y[0], lines[0].y[-1]
-    if min(min(line.y) for line in lines) <= 0:
-      options = options | {'log': False}
-    caption = f'{title}: from {first:.3g} to {last:.3g} in training.'
-    alt = f'Line plot over training rows. {caption}'
-    svg = plots.curves(name, lines, alt=alt, **options)
-    charts.append({'title': title, 'svg': Markup(svg), 'caption': caption})
-  return charts
+    last = format(lines[0].y[-1], chart.form)
+    caption = chart.meaning.format(last=last)
+    svg = plots.curves(
+      chart.name,
+      lines,
+      alt=f'{chart.title} over training rows. {caption}',
+      percent=chart.percent,
+    )
+    shown.append({'title': chart.title, 'svg': Markup(svg), 'caption': caption})
+  return shown
 
 
 def _histogram(frequency: dict[str, Any]) -> dict[str, Any] | None:
@@ -198,16 +231,13 @@ def _histogram(frequency: dict[str, Any]) -> dict[str, Any] | None:
   if not counts.sum():
     return None
   edges = np.array(frequency['log10_edges'])
-  middle = edges[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]
+  median = f'one token in {round(1 / frequency["median_of_living"]):,}'
   alt = (
-    f'Histogram of {counts.sum()} latents that fired, over the logarithm of '
-    f'their firing frequency. Half of them fire on less than about '
-    f'{10**middle:.2g} of the tokens.'
+    f'Histogram of the {counts.sum()} latents that fired, over the logarithm '
+    f'of their firing frequency. Half of them fire on less than {median}.'
   )
-  return {
-    'svg': Markup(plots.frequency_histogram(counts, edges, alt=alt)),
-    'median': f'one token in {round(10**-middle):,}',
-  }
+  svg = plots.frequency_histogram(counts, edges, alt=alt)
+  return {'svg': Markup(svg), 'median': median}
 
 
 def _feature(

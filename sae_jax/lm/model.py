@@ -5,6 +5,7 @@ asked site is computed; an edit replaces the tensor at a site and goes on.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def forward(
   check_sites(cfg, (*sites, *edits))
   wanted = {*sites, 'logits'} if logits else set(sites)
   seen = {}
-  walk = _walk(params, cfg, tokens, dtype)
+  walk = _walk(params, cfg, jnp.asarray(tokens), dtype)
   site, x = next(walk)
   while wanted:
     if site in edits:
@@ -256,17 +257,19 @@ def shapes(cfg: LMConfig) -> Params:
   return tree | {'layers': [dict(layer) for _ in range(cfg.layers)]}
 
 
+@functools.partial(jax.jit, static_argnames='cfg')
 def init(key: jax.Array, cfg: LMConfig) -> Params:
   """Random float32 params (for tests): normal, variance 1 / fan-in."""
-  tree = shapes(cfg)
   is_shape = lambda x: isinstance(x, tuple)
-  leaves, form = jax.tree.flatten(tree, is_leaf=is_shape)
-  keys = jax.random.split(key, len(leaves))
-
-  def one(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    noise = jax.random.normal(key, shape, jnp.float32)
+  wanted, form = jax.tree.flatten(shapes(cfg), is_leaf=is_shape)
+  sizes = [int(np.prod(shape)) for shape in wanted]
+  noise = jax.random.normal(key, (sum(sizes),), jnp.float32)
+  pieces = jnp.split(noise, np.cumsum(sizes)[:-1])
+  leaves = []
+  for shape, x in zip(wanted, pieces, strict=True):
     if len(shape) == 1:  # gains and biases: near their neutral value
-      return 0.1 * noise + (0.0 if cfg.norm_plus_one else 1.0)
-    return noise / np.sqrt(shape[0])
-
-  return jax.tree.unflatten(form, list(map(one, keys, leaves)))
+      x = 0.1 * x + (0.0 if cfg.norm_plus_one else 1.0)
+    else:
+      x = x.reshape(shape) / np.sqrt(shape[0])
+    leaves.append(x)
+  return jax.tree.unflatten(form, leaves)

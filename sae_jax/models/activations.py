@@ -68,8 +68,7 @@ def _jump_backward(saved, g):
 jump.defvjp(_jump_forward, _jump_backward)
 
 
-@struct.dataclass
-class JumpReLU:
+class JumpReLU(struct.PyTreeNode):
   """z * H(z - theta), one learned threshold a latent (arXiv 2407.14435).
 
   `param` is theta itself, or log(theta) when `log`: under Adam log(theta)
@@ -102,8 +101,7 @@ class JumpReLU:
     return self if self.log else self.replace(param=jnp.maximum(self.param, 0))
 
 
-@struct.dataclass
-class TopK:
+class TopK(struct.PyTreeNode):
   """ReLU of the k largest pre-activations of a row (arXiv 2406.04093)."""
 
   k: int = struct.field(pytree_node=False)

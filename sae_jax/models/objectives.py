@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sae_jax.models.activations import JumpReLU
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
 
@@ -33,14 +34,12 @@ class Batch(NamedTuple):
   ramp: jax.Array  # [] warm-up factor in [0, 1] of the sparsity penalty
 
 
-@struct.dataclass
-class L0Penalty:
+class L0Penalty(struct.PyTreeNode):
   """ramp * coef * mean_b |f_b|_0 (Gemma Scope, arXiv 2408.05147, eq. 3), or
   with `quadratic` ramp * coef / (2 T) * (mean_b |f_b|_0 - T)^2, T = target.
 
   The quadratic form has slope coef at |f|_0 = 2 T, where the two forms agree
-  (Gemma Scope 2 prints 2 / T and claims that slope; see docs/math.md). Needs
-  an activation with `l0(z)`.
+  (Gemma Scope 2 prints 2 / T and claims that slope; see docs/math.md).
   """
 
   coef: jax.Array  # []
@@ -48,14 +47,15 @@ class L0Penalty:
   quadratic: bool = struct.field(pytree_node=False)
 
   def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
+    if not isinstance(sae.act, JumpReLU):
+      raise TypeError(f'{type(sae.act).__name__} has no gradient of its L0')
     l0 = sae.act.l0(batch.z).mean()
     if self.quadratic:
       l0 = (l0 - self.target) ** 2 / (2 * self.target)
     return batch.ramp * self.coef * l0
 
 
-@struct.dataclass
-class AuxK:
+class AuxK(struct.PyTreeNode):
   """coef * |e - e_hat|^2 / var(e): dead latents learn to explain the error.
 
   e = stop_gradient(t - t_hat), e_hat the reconstruction by the k largest

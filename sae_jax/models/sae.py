@@ -12,8 +12,7 @@ from sae_jax.models.activations import Activation
 from sae_jax.parallel.mesh import DICT, rows_spec, spec
 
 
-@struct.dataclass
-class Norm:
+class Norm(struct.PyTreeNode):
   """n(x) = (x - mean) / scale, so that E|n|^2 = 1 over the training rows."""
 
   mean: jax.Array  # [D], raw units; zero where a recipe does not centre
@@ -31,8 +30,7 @@ def identity_norm(width: int, dtype=jnp.float32) -> Norm:
   return Norm(jnp.zeros(width, dtype), jnp.ones((), dtype))
 
 
-@struct.dataclass
-class SAE:
+class SAE(struct.PyTreeNode):
   """f = scale_in * act(W_enc n(x) + b), x_hat = mean + scale (W_dec f + b_dec).
 
   With `pre_bias` the encoder sees n - b_dec (Gemma Scope, TopK), computed as

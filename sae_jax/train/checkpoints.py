@@ -58,7 +58,7 @@ class Checkpoints:
 
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
     """The state, laid out as `abstract` says, and the meta record."""
-    out = self._manager.restore(
+    out: Any = self._manager.restore(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()

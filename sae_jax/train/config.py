@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.mesh import DATA, DICT, check_divides
 from sae_jax.train.step import SATURATED
@@ -27,7 +28,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-def base_config() -> ConfigDict:
+def base_config() -> Config:
   """All keys a training run reads. Norms and coefficients are in normalised
   units: centred rows divided so that their mean squared norm is 1."""
   c = ConfigDict()
@@ -87,7 +88,7 @@ def base_config() -> ConfigDict:
   return c
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
   """Raises UserError for the first value that cannot work."""
   flat = flatten(config.to_dict())
   for name in _POSITIVE:

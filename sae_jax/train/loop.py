@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DATA, make_mesh
@@ -39,7 +40,7 @@ from sae_jax.train.writer import Writer
 PREEMPTED = 128 + signal.SIGTERM  # exit code: saved, start me again
 
 
-def train(config: ConfigDict, run_dir: str) -> State:
+def train(config: Config, run_dir: str) -> State:
   """Trains one SAE as `config` says and leaves it in the run folder.
 
   Continues from the newest checkpoint of the folder, if there is one. Raises
@@ -106,7 +107,7 @@ def train(config: ConfigDict, run_dir: str) -> State:
   return state
 
 
-def open_source(config: ConfigDict) -> reader.BatchSource:
+def open_source(config: Config) -> reader.BatchSource:
   """The store's batches; UserError unless store and config fit together."""
   c = config.store
   source = reader.BatchSource(
@@ -132,7 +133,7 @@ def store_fingerprint(manifest: Manifest) -> str:
 
 
 def restore_or_init(
-  config: ConfigDict,
+  config: Config,
   source: reader.BatchSource,
   checkpoints: Checkpoints,
   fingerprint: str,
@@ -149,14 +150,13 @@ def restore_or_init(
     logging.info('going on from step %d (%d rows)', step, meta['position'])
     return state, meta['position']
   mean, centred, raw = reader.normalizer(source.manifest, source.site.name)
-  if config.sae.center:
-    norm = Norm(np.asarray(mean, np.float32), np.float32(math.sqrt(centred)))
-  else:
-    norm = Norm(np.zeros_like(mean, np.float32), np.float32(math.sqrt(raw)))
+  if not config.sae.center:
+    mean, centred = np.zeros_like(mean), raw
+  norm = Norm(jnp.asarray(mean, jnp.float32), jnp.float32(math.sqrt(centred)))
   return jax.jit(lambda norm: init_state(config, norm))(norm), 0
 
 
-def held_out_rows(config: ConfigDict) -> jax.Array:
+def held_out_rows(config: Config) -> jax.Array:
   """The first config.train.eval_size held-out rows, whole per data shard."""
   c, taken = config.store, []
   unit, size = config.mesh.data, config.train.eval_size
@@ -180,7 +180,7 @@ def next_batch(batches: Iterator[np.ndarray], meter: 'Meter') -> jax.Array:
 class Meter:
   """Rows per second, utilisation and waiting since the last logged step."""
 
-  def __init__(self, config: ConfigDict):
+  def __init__(self, config: Config):
     sae, aux = config.sae, config.act.name == 'topk' and config.loss.aux_coef
     self._rows = config.train.batch_rows
     self._flops = perf.step_flops(

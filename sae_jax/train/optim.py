@@ -1,8 +1,8 @@
 """Learning rate, optimiser and the unit-norm constraint of the decoder."""
 
 import math
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,7 +14,7 @@ def learning_rate(
 ) -> optax.Schedule:
   """Cosine from peak / 10 to peak (Gemma Scope), constant, linear to zero."""
 
-  def schedule(step: jax.Array) -> jax.Array:
+  def schedule(step: Any) -> Any:
     up = jnp.clip(step / max(warmup_steps, 1), 0, 1)
     rise = 0.1 + 0.45 * (1 - jnp.cos(math.pi * up)) if warmup_steps else 1.0
     fall = jnp.clip((steps - step) / max(decay_steps, 1), 0, 1)
@@ -43,6 +43,19 @@ def make_optimizer(
     )
   clipping = [optax.clip_by_global_norm(clip)] if clip else []
   return optax.chain(*clipping, adam, optax.scale_by_learning_rate(schedule))
+
+
+def update(
+  optimizer: optax.GradientTransformation, grads: SAE, opt: Any, sae: SAE
+) -> tuple[SAE, Any]:
+  """One step of the optimiser and back onto the constraints.
+
+  Returns the SAE and the optimiser's state after it.
+  """
+  grads = remove_parallel(grads, sae)
+  tree: Any = sae  # optax's annotations know no dataclasses
+  updates, opt = optimizer.update(grads, opt, tree)  # type: ignore[arg-type]
+  return constrain(optax.apply_updates(tree, updates)), opt  # type: ignore
 
 
 def remove_parallel(grads: SAE, sae: SAE) -> SAE:

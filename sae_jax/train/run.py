@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.sae import SAE
 from sae_jax.paths import write_atomic
@@ -26,7 +26,7 @@ _FIXED = ('seed', 'sae.', 'act.name', 'act.k', 'act.log_theta', 'store.',
           'train.batch_rows', 'optim.ema', 'optim.b1')  # fmt: skip
 
 
-def open_run(run_dir: str | Path, config: ConfigDict) -> None:
+def open_run(run_dir: str | Path, config: Config) -> None:
   """Claims a run folder for `config`, or joins the run that lies there.
 
   A folder without config.json gets one. With the same config the run goes
@@ -62,7 +62,7 @@ def changed_keys(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def read_config(run_dir: str | Path) -> ConfigDict:
+def read_config(run_dir: str | Path) -> Config:
   """The config of a run; UserError when the folder holds none."""
   path = Path(run_dir) / 'config.json'
   try:
@@ -89,6 +89,4 @@ def load(run_dir: str | Path, step: int | None = None) -> SAE:
   parts = {'sae': abstract.sae, 'ema': abstract.ema}
   wanted = {k: v for k, v in parts.items() if v is not None}
   state = checkpoints.restore_part(run_dir, step, wanted)
-  return final_sae(
-    State(jax.numpy.int32(step), state['sae'], (), None, state.get('ema'))
-  )
+  return final_sae(state['sae'], state.get('ema'))

@@ -4,22 +4,23 @@
 on one device.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
+from sae_jax.config import Config
 from sae_jax.models import activations, objectives, sae
 from sae_jax.models.sae import SAE, Norm
 from sae_jax.parallel.mesh import DICT, spec
 from sae_jax.train import optim
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
   """What a checkpoint holds besides the data position."""
 
   step: jax.Array  # [] int32, updates made
@@ -34,15 +35,17 @@ def learned(s: SAE) -> SAE:
   return s.replace(norm_in=None, norm_out=None)
 
 
-def final_sae(state: State) -> SAE:
+def with_norms(params: SAE, s: SAE) -> SAE:
+  """The learned arrays of `params` with the normalisers of `s`."""
+  return params.replace(norm_in=s.norm_in, norm_out=s.norm_out)
+
+
+def final_sae(s: SAE, ema: SAE | None) -> SAE:
   """The SAE to use: the running mean of the weights where there is one."""
-  if state.ema is None:
-    return state.sae
-  norms = dict(norm_in=state.sae.norm_in, norm_out=state.sae.norm_out)
-  return optim.constrain(state.ema.replace(**norms))
+  return s if ema is None else optim.constrain(with_norms(ema, s))
 
 
-def make_activation(act: ConfigDict, latents: int) -> activations.Activation:
+def make_activation(act: Config, latents: int) -> activations.Activation:
   """The activation that config.act names; initial parameters."""
   match act.name:
     case 'jumprelu':
@@ -53,7 +56,7 @@ def make_activation(act: ConfigDict, latents: int) -> activations.Activation:
   raise ValueError(f'unknown activation {act.name!r}')
 
 
-def make_penalties(config: ConfigDict) -> tuple[objectives.Penalty, ...]:
+def make_penalties(config: Config) -> tuple[objectives.Penalty, ...]:
   """The penalties that config.loss asks for with config.act."""
   c = config.loss
   if config.act.name == 'jumprelu':
@@ -64,7 +67,7 @@ def make_penalties(config: ConfigDict) -> tuple[objectives.Penalty, ...]:
   return ()
 
 
-def make_schedule(config: ConfigDict) -> optax.Schedule:
+def make_schedule(config: Config) -> optax.Schedule:
   """config.optim's learning rate as a function of the step."""
   c, batch = config.optim, config.train.batch_rows
   return optim.learning_rate(
@@ -75,7 +78,7 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
   )
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
   """config.optim's optimiser."""
   c = config.optim
   return optim.make_optimizer(
@@ -88,7 +91,7 @@ def steps_of(rows: int, batch_rows: int) -> int:
   return -(-rows // batch_rows)
 
 
-def init_state(config: ConfigDict, norm: Norm) -> State:
+def init_state(config: Config, norm: Norm) -> State:
   """The state before the first step, sharded under the current mesh."""
   F = config.sae.latents
   s = sae.init(
@@ -98,17 +101,18 @@ def init_state(config: ConfigDict, norm: Norm) -> State:
     norm_in=norm,
     pre_bias=config.sae.pre_bias,
   )
+  params: Any = learned(s)  # optax's annotations know no dataclasses
   return State(
     step=jnp.zeros((), jnp.int32),
     sae=s,
-    opt=make_optimizer(config).init(learned(s)),
+    opt=make_optimizer(config).init(params),
     rows_since_fired=jnp.zeros(F, jnp.int32, out_sharding=spec(DICT)),
     # Adding zero makes copies: a donated buffer may appear once only.
-    ema=jax.tree.map(lambda x: x + 0, learned(s)) if config.optim.ema else None,
+    ema=jax.tree.map(lambda x: x + 0, params) if config.optim.ema else None,
   )
 
 
-def abstract_state(config: ConfigDict) -> State:
+def abstract_state(config: Config) -> State:
   """The state's shapes, types and concrete shardings, without its arrays.
 
   Under a mesh the state's own sharding; without one, the first device.

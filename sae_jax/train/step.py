@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from sae_jax.config import Config
 from sae_jax.models import objectives
 from sae_jax.train import optim
 from sae_jax.train.state import (
@@ -16,6 +16,7 @@ from sae_jax.train.state import (
   make_optimizer,
   make_penalties,
   make_schedule,
+  with_norms,
 )
 
 Metrics = dict[str, jax.Array]
@@ -23,7 +24,7 @@ SATURATED = 2**30  # rows since a latent fired are counted up to here
 
 
 def make_step(
-  config: ConfigDict,
+  config: Config,
 ) -> Callable[[State, jax.Array], tuple[State, Metrics]]:
   """step(state, x [B@data, D] raw rows) -> (state, scalar metrics).
 
@@ -46,9 +47,7 @@ def make_step(
       dead=dead,
       ramp=ramp if ramp_steps else jnp.float32(1),
     )
-    grads = optim.remove_parallel(grads, params)
-    updates, opt = optimizer.update(grads, state.opt, params)
-    params = optim.constrain(optax.apply_updates(params, updates))
+    params, opt = optim.update(optimizer, grads, state.opt, params)
 
     since = jnp.minimum(state.rows_since_fired + len(x), SATURATED)
     since = jnp.where(terms.fired, 0, since)
@@ -56,9 +55,8 @@ def make_step(
     if ema is not None:  # first step: the weights themselves, so no bias
       t = jnp.minimum(decay, state.step / (state.step + 1.0))
       ema = jax.tree.map(lambda a, b: t * a + (1 - t) * b, ema, params)
-    norms = dict(norm_in=state.sae.norm_in, norm_out=state.sae.norm_out)
     state_after = State(
-      state.step + 1, params.replace(**norms), opt, since, ema
+      state.step + 1, with_norms(params, state.sae), opt, since, ema
     )
     metrics = {
       'train/loss': loss,
@@ -78,7 +76,7 @@ def make_step(
 @jax.jit
 def evaluate(state: State, x: jax.Array) -> Metrics:
   """Scalar metrics of the SAE on held-out raw rows x [B@data, D]."""
-  s = final_sae(state)
+  s = final_sae(state.sae, state.ema)
   n, none = s.norm_in(x), jnp.zeros((), bool)
   _, terms = objectives.loss(s, n, n, (), dead=none, ramp=jnp.float32(1))
   return {'eval/fvu': terms.fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}

@@ -1,0 +1,28 @@
+"""Fixtures of the subject model's tests: the demo assets, fetched if absent."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from sae_jax import paths
+from sae_jax.lm import gguf
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='session')
+def demo():
+  """(model file, folder of texts), in the cache folder the user also has."""
+  path = ROOT / 'scripts' / 'fetch_demo.py'
+  spec = importlib.util.spec_from_file_location('fetch_demo', path)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.fetch_all(paths.cache_dir('demo'))
+
+
+@pytest.fixture(scope='session')
+def subject(demo):
+  """SmolLM2-135M-Instruct in float32."""
+  return gguf.load(str(demo[0]))
