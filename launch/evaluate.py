@@ -10,7 +10,9 @@ from sae_jax import cli
 from sae_jax.evaluate import figures
 from sae_jax.evaluate.job import evaluate
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
 _ROWS = flags.DEFINE_integer('rows', 65_536, 'Held-out rows at most.')
 _SEQUENCES = flags.DEFINE_integer(
   'sequences', 64, 'Held-out sequences for the language model at most.'
@@ -23,7 +25,6 @@ _MODEL_PATH = flags.DEFINE_string(
 _STORE_PATH = flags.DEFINE_string(
   'store_path', '', "The store's folder, if it has moved."
 )
-flags.mark_flag_as_required('workdir')
 
 
 def main() -> None:

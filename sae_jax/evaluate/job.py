@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import sae_jax
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.evaluate import figures, report
 from sae_jax.evaluate.contexts import top_contexts
@@ -37,7 +38,7 @@ class Run(NamedTuple):
   """A trained SAE and the store it is evaluated on."""
 
   folder: Path
-  config: ConfigDict
+  config: Config
   step: int
   sae: SAE
   store: str
@@ -80,13 +81,15 @@ def evaluate(
       run = open_run(run_dir, store_path)
       subject = open_model(run.manifest, model_path, language_model)
       tokenizer = subject and subject.tokenizer
+      subject = subject if language_model else None  # its weights go here
+    log.info('run: %s at step %d, store: %s', run_dir, run.step, run.store)
     site, width = run.config.store.site, run.config.sae.d_in
     read = lambda: reader.held_out(run.store, site)
     with _timed(seconds, 'reconstruction'):
       limit = min(rows, run.held_out.rows)
       rebuilt = reconstruction(run.sae, read(), width=width, limit=limit)
     spliced = None
-    if subject and language_model:
+    if subject:
       with _timed(seconds, 'language_model'):
         spliced = splice(run, subject, sequences)
     del subject  # the rest does not need its weights
@@ -114,7 +117,6 @@ def open_run(run_dir: str | Path, store_path: str) -> Run:
   held_out = read_held_out(root, manifest)
   step = checkpoints.latest_step(run_dir)
   sae = sae_jax.load(run_dir, step)
-  log.info('run: %s at step %d, store: %s', run_dir, step, root)
   return Run(Path(run_dir), config, step, sae, root, manifest, held_out)
 
 
@@ -124,22 +126,22 @@ def open_model(manifest: Manifest, path: str, needed: bool) -> Subject | None:
   None where it is not `needed` and its file is missing: the report then shows
   token ids.
   """
-  model = ConfigDict(manifest.config.get('model') or {'kind': '', 'path': ''})
-  model.path = path or model.path
-  if not model.path or not Path(model.path).expanduser().is_file():
+  origin = manifest.config.get('model') or {'kind': '', 'path': ''}
+  path = path or origin['path']
+  if not path or not Path(path).expanduser().is_file():
     if needed:
       raise UserError(
-        f'language model: no file {model.path!r}: give --model_path, or '
+        f'language model: no file {path!r}: give --model_path, or '
         '--lm=false to do without the figures of its loss'
       )
-    log.warning('no file %r: the report shows token ids', model.path)
+    log.warning('no file %r: the report shows token ids', path)
     return None
-  subject = load_subject(model)
+  subject = load_subject(ConfigDict(origin | {'path': path}))
   for name in ('weights_sha256', 'tokenizer_sha256'):
     found, expected = getattr(subject, name), manifest.model.get(name)
     if found != expected:
       raise UserError(
-        f'language model: {model.path} is not the model that was harvested '
+        f'language model: {path} is not the model that was harvested '
         f'({name} {found[:12]}..., in the store {str(expected)[:12]}...): '
         'give --model_path'
       )

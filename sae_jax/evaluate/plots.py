@@ -5,10 +5,11 @@ alternative, and hold no address that a browser could ask for.
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -29,7 +30,7 @@ _VARIABLES = {
   _INK: '--ink', _MUTED: '--muted', _GRID: '--line', _MAIN: '--plot',
   _SECOND: '--plot-2',
 }  # fmt: skip
-_STYLE = {
+_STYLE: Any = {  # matplotlib's type for this names every key
   'svg.fonttype': 'none',  # text stays text: selectable, in the page's font
   'font.size': 10,
   'text.color': _INK,
@@ -100,9 +101,12 @@ def _spans_decades(lines: Sequence[Line]) -> bool:
 def frequency_histogram(
   counts: np.ndarray, edges: np.ndarray, *, alt: str
 ) -> str:
-  """SVG of latents by log10 firing frequency; counts [n], edges [n + 1]."""
+  """SVG of latents by log10 firing frequency; counts [n], edges [n + 1].
+
+  Begins at the decade of the rarest; at least one count is not zero.
+  """
   with mpl.rc_context(_STYLE | {'svg.hashsalt': 'frequency'}):
-    figure = Figure(figsize=(8.9, 2.9), layout='constrained')
+    figure = Figure(figsize=(4.9, 2.8), layout='constrained')
     axes = figure.subplots()
     width = np.diff(edges)
     axes.bar(edges[:-1] + width / 2, counts, width * 0.9, color=_MAIN)
@@ -110,9 +114,10 @@ def frequency_histogram(
     axes.set_ylabel('latents')
     axes.set_xlabel('fires on this share of the tokens')
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ticks = np.arange(np.floor(edges[0]), 1)
-    axes.set_xticks(ticks, [_share(10**t) for t in ticks])
-    axes.set_xlim(edges[0], 0)
+    rarest = edges[np.flatnonzero(counts)[0]]
+    ticks = np.arange(math.floor(rarest), 1)
+    axes.set_xticks(ticks, [_share(10.0**t) for t in ticks])
+    axes.set_xlim(ticks[0], 0)
     return _svg(figure, 'frequency', alt)
 
 

@@ -103,6 +103,7 @@ def sequence_losses(
       edit = lambda x: jnp.where(trained[..., None], replacement(x), x)
       edits = {site: edit}
     logits = forward(params, cfg, tokens, edits=edits).logits
+    assert logits is not None  # forward gives them unless told not to
     nats = next_token_loss(logits, tokens)
     return jnp.where(counted, nats, 0).sum(-1)
 

@@ -49,7 +49,7 @@ class LMConfig:
   query_scale: float | None = None  # None: 1 / sqrt(head_dim)
   attn_softcap: float | None = None  # Gemma 2: 50
   sliding_window: int | None = None  # keys seen by local layers, own included
-  local_layers: tuple[bool, ...] | None = None  # None: all, if there is a window
+  local_layers: tuple[bool, ...] | None = None  # None: all with a window
   # Rotary embedding (rotate-half convention)
   rope_base: float = 10_000.0
   rope_scaling: RopeScaling | None = None
@@ -76,11 +76,11 @@ class LMConfig:
           f'{self.layers}'
         )
 
-  def is_local(self, layer: int) -> bool:
-    """Whether this layer attends within the sliding window only."""
-    if self.sliding_window is None:
-      return False
-    return self.local_layers is None or self.local_layers[layer]
+  def window(self, layer: int) -> int | None:
+    """How many keys a layer sees, its own included; None: all before it."""
+    if self.local_layers is None or self.local_layers[layer]:
+      return self.sliding_window
+    return None
 
   def attention_scale(self) -> float:
     """What query-key products are multiplied by."""

@@ -41,22 +41,18 @@ def load(path: str, dtype: jax.typing.DTypeLike = jnp.float32) -> Subject:
   tokenizer, special = tokens.from_gguf(meta, str(file))
   with open(file, 'rb') as opened:
     weights_sha256 = hashlib.file_digest(opened, 'sha256').hexdigest()
-  bos, eos = (_get(meta, f'tokenizer.ggml.{x}_token_id', file) for x in ('bos', 'eos'))
   return Subject(
     name=file.stem,
     cfg=cfg,
     params=_params(tensors, cfg, dtype, file),
     tokenizer=tokenizer,
-    bos=bos,
-    eos=eos,
+    bos=_get(meta, 'tokenizer.ggml.bos_token_id', file),
+    eos=_get(meta, 'tokenizer.ggml.eos_token_id', file),
     pad=meta.get('tokenizer.ggml.padding_token_id'),
     special=special,
     weights_sha256=weights_sha256,
     tokenizer_sha256=tokenizer_sha256(tokenizer),
   )
-
-
-
 
 
 def _open(file: Path):
@@ -71,7 +67,9 @@ def _open(file: Path):
     with open(file, 'rb') as opened:
       magic = opened.read(4)
   except OSError as error:
-    raise UserError(f'cannot read the model {file}: {error.strerror}') from error
+    raise UserError(
+      f'cannot read the model {file}: {error.strerror}'
+    ) from error
   if magic != b'GGUF':
     raise UserError(f'{file} is not a GGUF file (it starts with {magic!r})')
   try:

@@ -48,7 +48,7 @@ def load_subject(
   if model.kind == 'gguf':
     from sae_jax.lm import gguf  # here: its reader is an optional package
 
-    return gguf.load(model.path, dtype)
+    return gguf.load(str(model.path), dtype)
   raise UserError(
     f'model.kind {model.kind!r} is not known; known: {", ".join(KINDS)}'
   )

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from sae_jax.lm import model
 from sae_jax.lm.config import LMConfig
@@ -53,11 +55,28 @@ def random_sae(width, latents, seed=0):
   rng = np.random.default_rng(seed)
   W_enc, W_dec = rng.normal(size=(2, latents, width)) / width**0.5
   W_enc[::7] = 0
-  return make_sae(W_enc, 0.3 * W_dec, theta=0.5)
+  sae = make_sae(W_enc, 0.3 * W_dec, theta=0.5)
+  return sae.replace(b_dec=jnp.float32(rng.normal(size=width)))
 
 
 def random_lm(seed=0):
   return model.init(jax.random.key(seed), CFG)
+
+
+def nasty_tokenizer():
+  """CFG.vocab byte-level tokens: markup, half characters, line breaks."""
+  words = [
+    'a', '<bos>', '<eos>', '<script>alert(1)</script>', '"', "'", '&amp;',
+    'Ġ<b>', 'Ċ', 'Ã', '©', 'Ġthe', '{{', '}}', '-->',
+  ]  # fmt: skip
+  words += [f'Ġw{i}' for i in range(len(words), CFG.vocab)]
+  bpe = models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[])
+  tokenizer = tokenizers.Tokenizer(bpe)
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  special = [tokenizers.AddedToken(w, special=True) for w in words[1:3]]
+  tokenizer.add_tokens(special)
+  return tokenizer
 
 
 def random_tokens(n, seed=0):
@@ -70,14 +89,33 @@ def random_tokens(n, seed=0):
   return tokens, keep
 
 
-def write_store(root, tokens, keep, rows, *, site=SITE, shard=64, **fields):
+def origin(subject, model_path):
+  """What a harvest writes into the manifest about where rows come from."""
+  return {
+    'model': {
+      'name': subject.name,
+      'weights_sha256': subject.weights_sha256,
+      'tokenizer_sha256': subject.tokenizer_sha256,
+    },
+    'text': {'sha256': '', 'files': 4, 'bytes': 1000, 'documents_read': 3},
+    'policy': {'padding_token': None},
+    'config': {
+      'model': {'kind': 'gguf', 'path': str(model_path)},
+      'text': {'path': '/somewhere/texts'},
+    },
+  }
+
+
+def write_store(
+  root, tokens, keep, rows, *, site=SITE, shard=64, block=16, **fields
+):
   """A store of rows [keep.sum(), D], the first shard held out."""
   width, dtype = rows.shape[1], rows.dtype.name
-  origin = {'model': {}, 'text': {}, 'policy': {}, 'config': {}, 'made_by': {}}
+  empty = {'model': {}, 'text': {}, 'policy': {}, 'config': {}, 'made_by': {}}
   manifest = plan(
     tokens, keep, [Site(site, width, dtype)], rows=len(rows),
-    rows_per_shard=shard, rows_per_block=16, held_out_shards=1, norm_shards=1,
-    seed=0, **(origin | fields),
+    rows_per_shard=shard, rows_per_block=block, held_out_shards=1,
+    norm_shards=1, seed=0, **(empty | fields),
   )  # fmt: skip
   with open_writer(root, manifest, tokens, keep) as writer:
     writer.write(0, {site: rows})

@@ -1,4 +1,4 @@
-"""Reading GGUF files: a tiny one written as llama.cpp would, and broken ones."""
+"""Reading GGUF files: a tiny one as llama.cpp writes it, and broken ones."""
 
 import dataclasses
 

@@ -215,9 +215,7 @@ def test_sublayer_sites(family):
     hf(torch.tensor(TOKENS).long())
   sites = tuple(f'layer_1.{name}' for name in seen)
   assert len(sites) == 4
-  got = model.forward(
-    params, cfg, TOKENS, sites=sites, logits=False
-  )
+  got = model.forward(params, cfg, TOKENS, sites=sites, logits=False)
   for site in sites:
     want = seen[site.split('.')[1]].numpy()
     assert model.site_width(cfg, site) == want.shape[-1]

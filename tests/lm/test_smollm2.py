@@ -9,7 +9,10 @@ from sae_jax.lm import model
 
 pytestmark = pytest.mark.model
 
-SPEECH = '1962-Kennedy-1.txt'
+# transformers 5.23 ignores the file's pre-tokenizer ('smollm'): it does not cut
+# digits off first, so its tokens differ where two line ends precede a digit.
+# This speech has no such place (221 of the 249 texts agree as a whole).
+SPEECH = '2014-Obama-1.txt'
 
 
 @pytest.fixture(scope='module')
@@ -19,7 +22,8 @@ def speech(demo):
 
 def test_what_is_known_of_it(subject):
   cfg = subject.cfg
-  assert (cfg.layers, cfg.d_model, cfg.vocab, cfg.tied) == (30, 576, 49152, True)
+  assert (cfg.layers, cfg.d_model, cfg.vocab) == (30, 576, 49152)
+  assert cfg.tied
   assert subject.tokenizer.get_vocab_size() == cfg.vocab
   names = [subject.tokenizer.id_to_token(x) for x in (subject.bos, subject.eos)]
   assert names == ['<|im_start|>', '<|im_end|>']
@@ -53,9 +57,15 @@ def test_tokens_of_a_speech_equal_transformers(subject, demo, speech):
   assert subject.tokenizer.encode(chat).ids == theirs(chat)['input_ids']
 
 
-def test_loss_of_a_window_equals_transformers(subject, demo, speech):
+def test_loss_of_a_window_equals_transformers(
+  subject, demo, speech, monkeypatch
+):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
+  # It asks for accelerate before reading any GGUF, and does not use it here
+  monkeypatch.setattr(
+    'transformers.modeling_utils.is_accelerate_available', lambda: True
+  )
   ids = [subject.bos, *subject.tokenizer.encode(speech).ids[:511]]
   tokens = np.array([ids], np.int32)
   site = 'layer_9.resid_post'
