@@ -48,7 +48,7 @@ def demo(c: Config) -> Config:
   c.store.path = cache_dir('stores', 'smollm2')
   c.act.theta = 0.1
   c.act.bandwidth = 0.1
-  c.loss.l0_coef = 3e-3
+  c.loss.l0_coef = 1.5e-3
   c.loss.dead_rows = 100_000
   c.optim.lr = 1e-3
   c.train.rows = 1_000_000

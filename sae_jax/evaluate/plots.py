@@ -86,7 +86,9 @@ def curves(
     else:
       axes.set_ylim(bottom=0)
     if percent:
-      axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:.0%}'))
+      axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f'{100 * y:g}%')
+      )
     if len(lines) > 1:
       axes.legend()
     return _svg(figure, name, alt)

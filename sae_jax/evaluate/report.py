@@ -192,8 +192,8 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     facts.append(
       (
         'Texts',
-        f'{text["name"]}: {text["files"]:,} documents, '
-        f'{text["bytes"] / 1e6:.1f} MB',
+        f'{text["name"]}: {text["documents_read"]:,} of {text["files"]:,} '
+        'documents',
       )
     )
   return facts

@@ -157,6 +157,12 @@ def test_colours_follow_the_theme():
   assert 'aria-label="a &quot;quoted&quot; &lt;alt&gt;"' in svg
 
 
+def test_small_shares_have_readable_ticks():
+  line = plots.Line('a', [0, 1, 2], [0, 0.0002, 0.0005])
+  svg = plots.curves('x', [line], alt='', percent=True)
+  assert '>0.02%<' in svg and '>0.05%<' in svg
+
+
 def test_metrics_of_a_run_that_goes_on(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   assert report.read_metrics(path) == []

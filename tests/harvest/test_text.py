@@ -12,9 +12,9 @@ from sae_jax.store.order import DOCUMENTS, permutation
 TOKENIZER = tiny_subject().tokenizer
 
 
-def packed(text, rows=0, seed=1, length=10):
+def packed(text, rows=0, seed=1, length=10, special=frozenset([0, 1, 2])):
   return pack(
-    text, TOKENIZER, length=length, bos=0, separator=1, special={0, 1, 2},
+    text, TOKENIZER, length=length, bos=0, separator=1, special=special,
     rows=rows, seed=seed,
   )  # fmt: skip
 
@@ -49,6 +49,12 @@ def test_a_budget_takes_a_beginning(tmp_path, monkeypatch, rows):
   assert part.rows == rows
   assert part.keep.sum() >= rows > part.keep[:-1].sum()
   assert part.documents <= 4 < whole.documents
+
+
+def test_position_0_has_no_row_even_where_bos_is_no_special_token(tmp_path):
+  write_text(tmp_path)
+  keep = packed(scan(str(tmp_path)), special=frozenset()).keep
+  assert not keep[:, 0].any() and keep[:, 1:].all()
 
 
 def test_more_rows_than_there_are(tmp_path):
@@ -91,6 +97,6 @@ def test_the_hash_covers_names_and_contents(tmp_path):
   hashes = {scan(str(tmp_path)).sha256}
   (tmp_path / '000.txt').write_text('w1')
   hashes.add(scan(str(tmp_path)).sha256)
-  (tmp_path / '000.txt').rename(tmp_path / '002.txt')
+  (tmp_path / '001.txt').rename(tmp_path / '002.txt')  # same order
   hashes.add(scan(str(tmp_path)).sha256)
   assert len(hashes) == 3

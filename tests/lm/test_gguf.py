@@ -125,8 +125,9 @@ def test_how_text_is_cut(tmp_path, params):
   pieces = {}
   for pre in ('smollm', 'gpt-2'):
     path = write(tmp_path / f'{pre}.gguf', params, pre=pre)
-    got = load(path).tokenizer.encode('</s>\n\n1é')
-    pieces[pre] = got.tokens
+    tokenizer = load(path).tokenizer
+    pieces[pre] = tokenizer.encode('</s>\n\n1é').tokens
+    assert tokenizer.decode([1, *tokenizer.encode('a é').ids]) == 'a é'
   # A digit ends the white space before it, so both line ends merge
   assert pieces['smollm'] == ['</s>', 'ĊĊ', '1', 'Ã', '©']
   assert pieces['gpt-2'] == ['</s>', 'Ċ', 'Ċ', '1', 'Ã', '©']

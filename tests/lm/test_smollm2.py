@@ -57,6 +57,7 @@ def test_tokens_of_a_speech_equal_transformers(subject, demo, speech):
   assert subject.tokenizer.encode(chat).ids == theirs(chat)['input_ids']
 
 
+@pytest.mark.slow
 def test_loss_of_a_window_equals_transformers(
   subject, demo, speech, monkeypatch
 ):

@@ -127,10 +127,10 @@ def test_statistics_are_numpys_over_the_training_shards(tmp_path):
 
 def test_statistics_keep_a_small_spread_on_a_large_mean(tmp_path):
   rng = np.random.default_rng(0)
-  x = (1e6 + rng.normal(size=(64, 2))).astype(np.float32)
-  sizes = dict(rows_per_shard=16, rows_per_block=4, norm_shards=3)
+  x = (1e6 + rng.normal(size=(104, 2))).astype(np.float32)
+  sizes = dict(rows_per_shard=26, rows_per_block=13, norm_shards=3)
   manifest = write_arrays(tmp_path, {'a': x}, **sizes)
-  exact = x[16:].astype(np.longdouble)
+  exact = x[26:].astype(np.longdouble)
   exact = np.square(exact - exact.mean(0)).sum(1).mean()
   found = manifest.sites[0].mean_squared_norm_centred
   assert found == pytest.approx(float(exact), rel=1e-10)
