@@ -132,6 +132,8 @@ class StoreWriter:
     shard rows must come in order, each once (ValueError).
     """
     n = len(next(iter(rows.values())))
+    if first_row + n > self.manifest.rows:
+      raise ValueError(f'rows beyond the last, {self.manifest.rows}')
     at = written = 0
     while at < n:
       shard, offset = divmod(first_row + at, self.manifest.rows_per_shard)

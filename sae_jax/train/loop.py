@@ -190,6 +190,14 @@ class Meter:
     devices = 1 if virtual else config.mesh.data * config.mesh.dict
     self._peak = perf.peak_tflops() * devices * 1e12
     self._step, self._time, self.waited = -1, 0.0, 0.0
+    self._spoken = -math.inf
+
+  def may_speak(self) -> bool:
+    """True at most every 10 s: lines on a log that is not a terminal."""
+    now = time.monotonic()
+    due = now - self._spoken > 10
+    self._spoken = now if due else self._spoken
+    return due
 
   def read(self, step: int) -> dict[str, float]:
     """Figures of the steps since the last call; none at the first call,
@@ -229,7 +237,7 @@ def _read(pending, writer, meter, bar, config) -> None:
   values |= meter.read(step)
   writer.write(step, step * c.batch_rows, values)
   bar.set_postfix({k: f'{v:.3g}' for k, v in shown.items()})
-  if bar.disable:
+  if bar.disable and (meter.may_speak() or step * c.batch_rows >= c.rows):
     rate = values.get('perf/rows_per_s', 0)
     text = ' '.join(f'{k} {v:.4g}' for k, v in shown.items())
     logging.info('%9d rows  %s  %.0f rows/s', step * c.batch_rows, text, rate)

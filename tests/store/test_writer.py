@@ -235,6 +235,8 @@ def test_rows_out_of_order_are_a_mistake_of_the_program(tmp_path):
     w.write(0, rows)
     with pytest.raises(ValueError, match='row 0, expected 10'):
       w.write(0, rows)
+    with pytest.raises(ValueError, match='beyond the last, 150'):
+      w.write(145, rows)
     with pytest.raises(ValueError, match='are not written'):
       w.finish()
 
