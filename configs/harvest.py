@@ -4,14 +4,13 @@ python launch/harvest.py --config=configs/harvest.py:smollm2
 ':smollm2' fills the quickstart's store, ':tiny' the same at a glance.
 """
 
-from ml_collections import ConfigDict
-
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.harvest.config import base_config
 from sae_jax.paths import cache_dir
 
 
-def get_config(arg: str = 'smollm2') -> ConfigDict:
+def get_config(arg: str = 'smollm2') -> Config:
   """arg: 'smollm2' or 'tiny'."""
   c = base_config()
   c.model.path = cache_dir('demo', 'SmolLM2-135M-Instruct.Q4_1.gguf')

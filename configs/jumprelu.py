@@ -51,7 +51,7 @@ def demo(c: Config) -> Config:
   c.loss.l0_coef = 1.5e-3
   c.loss.dead_rows = 100_000
   c.optim.lr = 1e-3
-  c.train.rows = 1_000_000
+  c.train.rows = 600_000
   c.train.batch_rows = 2048
   rows = c.train.get_ref('rows')
   c.loss.l0_warmup_rows = rows // 4

@@ -45,7 +45,7 @@ def demo(c: Config) -> Config:
   c.act.k = 32
   c.loss.dead_rows = 100_000
   c.optim.lr = 1e-3
-  c.train.rows = 1_000_000
+  c.train.rows = 600_000
   c.train.batch_rows = 2048
   rows = c.train.get_ref('rows')
   c.optim.warmup_rows = rows // 20

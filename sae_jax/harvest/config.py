@@ -4,11 +4,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.store.plan import check_dtype, check_rows, check_sizes
 
 
-def base_config() -> ConfigDict:
+def base_config() -> Config:
   """All keys a harvest reads."""
   c = ConfigDict()
   c.model = ConfigDict()
@@ -36,7 +37,7 @@ def base_config() -> ConfigDict:
   return c
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: Config) -> None:
   """Raises UserError for values that cannot work, before anything is read."""
   h, s = config.harvest, config.store
   if isinstance(h.sites, str):
@@ -69,7 +70,7 @@ def check_config(config: ConfigDict) -> None:
     check_rows(h.rows, **sizes(config))
 
 
-def sizes(config: ConfigDict) -> dict[str, int]:
+def sizes(config: Config) -> dict[str, int]:
   """The four numbers that cut rows into shards, as arguments of `plan`."""
   s = config.store
   return {
@@ -80,7 +81,7 @@ def sizes(config: ConfigDict) -> dict[str, int]:
   }
 
 
-def recorded(config: ConfigDict) -> dict[str, Any]:
+def recorded(config: Config) -> dict[str, Any]:
   """The config as the manifest keeps it: JSON, without the store's folder."""
   data = config.to_dict()
   data['harvest']['sites'] = list(data['harvest']['sites'])

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from absl import logging
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.harvest.config import check_config, recorded, sizes
 from sae_jax.harvest.text import Packed, Text, pack, scan
@@ -40,7 +40,7 @@ from sae_jax.store.plan import differing_keys, least_rows, plan, row_starts
 from sae_jax.store.writer import StoreWriter, missing_shards, open_writer
 
 
-def harvest(config: ConfigDict, subject: Subject | None = None) -> Manifest:
+def harvest(config: Config, subject: Subject | None = None) -> Manifest:
   """Makes the store at config.store.path, or what is missing of it.
 
   A complete store of the same config, text and model is left as it is.
@@ -69,7 +69,7 @@ def harvest(config: ConfigDict, subject: Subject | None = None) -> Manifest:
 
 
 def reusable(
-  root: Path, config: ConfigDict, text: Text, subject: Subject | None
+  root: Path, config: Config, text: Text, subject: Subject | None
 ) -> Manifest | None:
   """The manifest of a complete store of this config, text and model.
 
@@ -96,7 +96,7 @@ def reusable(
   return old if weights == old.model['weights_sha256'] else None
 
 
-def pack_text(config: ConfigDict, text: Text, subject: Subject) -> Packed:
+def pack_text(config: Config, text: Text, subject: Subject) -> Packed:
   """Tokens and their places; UserError when there are too few."""
   packed = pack(
     text,
@@ -133,7 +133,7 @@ def unstored(subject: Subject) -> frozenset[int]:
 
 
 def make_plan(
-  config: ConfigDict, text: Text, subject: Subject, packed: Packed
+  config: Config, text: Text, subject: Subject, packed: Packed
 ) -> Manifest:
   """The manifest of the store to be made."""
   return plan(
@@ -217,7 +217,7 @@ def announce(writer: StoreWriter) -> None:
 
 
 def make_forward(
-  subject: Subject, config: ConfigDict
+  subject: Subject, config: Config
 ) -> Callable[[np.ndarray], dict[str, jax.Array]]:
   """tokens [b, T] -> {site: rows [b * T, width] in the stored dtype}."""
   sites = tuple(config.harvest.sites)
@@ -242,7 +242,7 @@ def make_forward(
 
 
 def fill(
-  writer: StoreWriter, subject: Subject, packed: Packed, config: ConfigDict
+  writer: StoreWriter, subject: Subject, packed: Packed, config: Config
 ) -> None:
   """Computes and writes the rows of the missing shards.
 

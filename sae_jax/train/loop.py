@@ -4,12 +4,14 @@ Order matters: evaluate and save the state before the next batch is pulled;
 read a step's metrics only after the next one is under way.
 """
 
+import contextlib
 import hashlib
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +56,9 @@ def train(config: Config, run_dir: str) -> State:
   open_run(run_dir, config)
   last = steps_of(c.rows, c.batch_rows)
   every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
-  asked_to_stop = _stop_on_sigterm()
-
   with (
     jax.set_mesh(mesh),
+    _sigterm() as asked_to_stop,
     Checkpoints(
       run_dir, keep=c.keep, keep_every=every(c.keep_rows)
     ) as checkpoints,
@@ -79,9 +80,9 @@ def train(config: Config, run_dir: str) -> State:
         save = over or (step > start and step % every(c.save_rows) == 0)
         if pending and save:  # nothing that is not finite is ever saved
           pending = _read(pending, writer, meter, bar, config)
-        due = step == last or step % every(c.eval_rows or 1) == 0
+        due = held_out is not None and step % every(c.eval_rows) == 0
         new = step > start or not start  # else evaluated before it was saved
-        if held_out is not None and due and new:
+        if new and (due or (held_out is not None and step == last)):
           writer.write(step, step * c.batch_rows, _evaluate(state, held_out))
         if save and step != checkpoints.latest():
           meta = dict(
@@ -222,12 +223,12 @@ def _read(pending, writer, meter, bar, config) -> None:
   """Fetches a finished step's metrics, checks, shows and logs them."""
   step, metrics = pending
   values = {name: float(v) for name, v in jax.device_get(metrics).items()}
-  if not math.isfinite(values['train/loss']):
-    raise UserError(
-      f'the loss of step {step} is {values["train/loss"]}: lower '
-      'config.optim.lr or look at the rows; the newest checkpoint holds an '
-      'earlier, finite state'
-    )
+  for name in ('train/loss', 'train/grad_norm'):
+    if not math.isfinite(values[name]):
+      raise UserError(
+        f'{name} of step {step} is {values[name]}: lower config.optim.lr or '
+        'look at the rows; the newest checkpoint is an earlier, finite state'
+      )
   c = config.train
   bar.update(c.batch_rows)
   every = max(c.log_rows // c.batch_rows, 1)
@@ -248,9 +249,22 @@ def _evaluate(state: State, held_out: jax.Array) -> dict[str, float]:
   return {name: float(v) for name, v in values.items()}
 
 
-def _stop_on_sigterm():
-  """Installs a handler; the returned function tells whether SIGTERM came."""
-  stop = []
-  if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-  return lambda: bool(stop)
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+  """Gives a function that tells whether SIGTERM came; it no longer kills.
+
+  Leaves alone what a caller has installed, and threads other than the main
+  one, which cannot have handlers.
+  """
+  came: list[bool] = []
+  ours = (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  )
+  if ours:
+    signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+  try:
+    yield lambda: bool(came)
+  finally:
+    if ours:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)

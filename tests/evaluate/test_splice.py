@@ -9,6 +9,8 @@ from sae_jax.evaluate import splice
 from sae_jax.evaluate.held_out import spread
 from sae_jax.lm.model import forward
 
+pytestmark = pytest.mark.smoke
+
 D, SITE, T = fakes.CFG.d_model, fakes.SITE, fakes.T
 N = 9
 

@@ -12,6 +12,8 @@ from sae_jax.errors import UserError
 from sae_jax.lm import model
 from sae_jax.lm.config import LMConfig
 
+pytestmark = pytest.mark.smoke
+
 CFG = LMConfig(
   vocab=50, d_model=12, layers=3, heads=4, kv_heads=2, head_dim=6, d_mlp=20
 )

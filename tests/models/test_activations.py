@@ -8,6 +8,8 @@ import pytest
 from sae_jax.models import activations
 from sae_jax.models.activations import TopK, jump, jump_relu, step
 
+pytestmark = pytest.mark.smoke
+
 
 def _case(seed=0, rows=64, latents=8):
   rng = np.random.default_rng(seed)

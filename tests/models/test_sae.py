@@ -10,6 +10,8 @@ from sae_jax.models.activations import TopK, jump_relu
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DICT, make_mesh, spec
 
+pytestmark = pytest.mark.smoke
+
 D, F, B = 16, 32, 8
 
 

@@ -8,6 +8,8 @@ import pytest
 from sae_jax.parallel.mesh import spec
 from sae_jax.parallel.select import top_k_mask
 
+pytestmark = pytest.mark.smoke
+
 
 def _reference(z, k):
   """The k largest of each row; equal values by lower index."""

@@ -156,3 +156,16 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, store):
   assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
   kept = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
   assert {name for name in kept if name.isdigit()} == {'20', '40'}
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, store):
+  """float32 overflows within steps at this rate; what is saved is finite."""
+  flags = overrides(
+    store, **{'optim.lr': 1e30, 'optim.warmup_rows': 0, 'train.save_rows': 64}
+  )
+  done = run(tmp_path, 'jumprelu.py:demo', *flags)
+  assert done.returncode == 2, done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith('error: train/') and 'optim.lr' in last
+  for x in jax.tree.leaves(sae_jax.load(tmp_path)):
+    assert np.isfinite(x).all()

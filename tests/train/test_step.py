@@ -12,6 +12,8 @@ from sae_jax.parallel.mesh import DATA, DICT, make_mesh, spec
 from sae_jax.train import optim, state, step
 from sae_jax.train.config import base_config
 
+pytestmark = pytest.mark.smoke
+
 D, F, B = 16, 64, 32
 
 
