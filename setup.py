@@ -32,7 +32,7 @@ setup(
     'absl-py>=2.3,<3',  # flags and logging
     'numpy>=2.0,<3',
     'ml_dtypes>=0.5',  # bfloat16 for numpy: rows on disk
-    'xxhash>=3.4,<4',  # checks every block read at 10 GB/s; crc32 does 1
+    'xxhash>=3.4,<5',  # checks every block read at 10 GB/s; crc32 does 1
     'tensorboardX>=2.6,<3',  # TensorBoard files without TensorFlow
     'tqdm>=4.66,<5',  # progress bars
     'tokenizers>=0.22,<0.24',  # text to token ids

@@ -5,6 +5,7 @@ python launch/train.py --workdir=runs/a --config=configs/jumprelu.py:demo
 """
 
 from sae_jax.config import Config
+from sae_jax.errors import UserError
 from sae_jax.paths import cache_dir
 from sae_jax.train.config import base_config
 
@@ -17,7 +18,7 @@ def get_config(arg: str = 'gemma_scope') -> Config:
     return gemma_scope(c)
   if arg == 'demo':
     return demo(c)
-  raise ValueError(f'configs/jumprelu.py:{arg}: use gemma_scope or demo')
+  raise UserError(f'configs/jumprelu.py:{arg}: use gemma_scope or demo')
 
 
 def gemma_scope(c: Config) -> Config:

@@ -5,6 +5,7 @@ python launch/train.py --workdir=runs/b --config=configs/topk.py:demo
 """
 
 from sae_jax.config import Config
+from sae_jax.errors import UserError
 from sae_jax.paths import cache_dir
 from sae_jax.train.config import base_config
 
@@ -17,7 +18,7 @@ def get_config(arg: str = 'openai') -> Config:
     return openai(c)
   if arg == 'demo':
     return demo(c)
-  raise ValueError(f'configs/topk.py:{arg}: use openai or demo')
+  raise UserError(f'configs/topk.py:{arg}: use openai or demo')
 
 
 def openai(c: Config) -> Config:
