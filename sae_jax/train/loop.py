@@ -182,11 +182,10 @@ class Meter:
   """Rows per second, utilisation and waiting since the last logged step."""
 
   def __init__(self, config: Config):
-    sae, aux = config.sae, config.act.name == 'topk' and config.loss.aux_coef
-    self._rows = config.train.batch_rows
-    self._flops = perf.step_flops(
-      self._rows, sae.d_in, sae.latents, aux=bool(aux)
-    )
+    c, self._rows = config.sae, config.train.batch_rows
+    flops = lambda aux: perf.step_flops(self._rows, c.d_in, c.latents, aux=aux)
+    auxk = config.act.name == 'topk' and config.loss.aux_coef > 0
+    self._flops = {False: flops(False), True: flops(auxk)}
     virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
     devices = 1 if virtual else config.mesh.data * config.mesh.dict
     self._peak = perf.peak_tflops() * devices * 1e12
@@ -200,9 +199,9 @@ class Meter:
     self._spoken = now if due else self._spoken
     return due
 
-  def read(self, step: int) -> dict[str, float]:
+  def read(self, step: int, *, dead: bool) -> dict[str, float]:
     """Figures of the steps since the last call; none at the first call,
-    whose time is mostly compilation."""
+    whose time is mostly compilation. `dead`: whether AuxK had work to do."""
     now = time.perf_counter()
     seconds, steps, waited = now - self._time, step - self._step, self.waited
     first = self._step < 0
@@ -214,8 +213,8 @@ class Meter:
       'perf/rows_per_s': rate * self._rows,
       'perf/step_ms': 1e3 / rate,
       'perf/wait_ms': 1e3 * waited / steps,
-      'perf/mfu': rate * self._flops['published'] / self._peak,
-      'perf/mfu_executed': rate * self._flops['executed'] / self._peak,
+      'perf/mfu': rate * self._flops[dead]['published'] / self._peak,
+      'perf/mfu_executed': rate * self._flops[dead]['executed'] / self._peak,
     }
 
 
@@ -235,7 +234,7 @@ def _read(pending, writer, meter, bar, config) -> None:
   if step % every and step != 1 and step * c.batch_rows < c.rows:
     return
   shown = {k: values[f'train/{k}'] for k in ('loss', 'fvu', 'l0', 'dead')}
-  values |= meter.read(step)
+  values |= meter.read(step, dead=values['train/dead'] > 0)
   writer.write(step, step * c.batch_rows, values)
   bar.set_postfix({k: f'{v:.3g}' for k, v in shown.items()})
   if bar.disable and (meter.may_speak() or step * c.batch_rows >= c.rows):

@@ -33,20 +33,28 @@ def make_step(
   """
   optimizer, schedule = make_optimizer(config), make_schedule(config)
   ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
-  decay = config.optim.ema
+  decay, penalties = config.optim.ema, make_penalties(config)
 
   def step(state: State, x: jax.Array) -> tuple[State, Metrics]:
     n, params = state.sae.norm_in(x), learned(state.sae)
     dead = state.rows_since_fired >= config.loss.dead_rows
     ramp = jnp.minimum(state.step / max(ramp_steps, 1), 1.0)
-    (loss, terms), grads = jax.value_and_grad(objectives.loss, has_aux=True)(
+    grad = lambda penalties: jax.value_and_grad(objectives.loss, has_aux=True)(
       params,
       n,
       n,
-      make_penalties(config),
+      penalties,
       dead=dead,
       ramp=ramp if ramp_steps else jnp.float32(1),
     )
+    if config.loss.aux_coef and config.act.name == 'topk':
+      # AuxK is zero while nothing is dead and costs 60% of the other products.
+      # A branch outside differentiation runs one side only.
+      (loss, terms), grads = jax.lax.cond(
+        dead.any(), lambda: grad(penalties), lambda: grad(())
+      )
+    else:
+      (loss, terms), grads = grad(penalties)
     params, opt = optim.update(optimizer, grads, state.opt, params)
 
     since = jnp.minimum(state.rows_since_fired + len(x), SATURATED)
