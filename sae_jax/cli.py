@@ -3,6 +3,7 @@
 Bad input ends with one line on stderr and exit code 2, without a traceback.
 """
 
+import errno
 import logging as std_logging
 import re
 import sys
@@ -11,6 +12,12 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from sae_jax.errors import UserError
+
+# What a disk or a path of the user's can do to any program.
+_USER_ERRNOS = (
+  errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
+  errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 
 def run(main: Callable[[], None]) -> None:
@@ -21,6 +28,10 @@ def run(main: Callable[[], None]) -> None:
       main()
     except UserError as error:
       stop(error)
+    except OSError as error:
+      if error.errno not in _USER_ERRNOS:
+        raise
+      stop(f'{error.filename or "disk"}: {error.strerror}: mend that and retry')
 
   app.run(guarded, flags_parser=_parse)
 

@@ -26,7 +26,11 @@ from sae_jax.evaluate.splice import Splice, splice_loss
 from sae_jax.lm.subject import Subject, load_subject
 from sae_jax.models.sae import SAE
 from sae_jax.store import reader
-from sae_jax.store.manifest import Manifest, read_manifest
+from sae_jax.store.manifest import (
+  Manifest,
+  read_manifest,
+  store_fingerprint,
+)
 from sae_jax.train import checkpoints
 from sae_jax.train.run import read_config
 
@@ -115,7 +119,13 @@ def open_run(run_dir: str | Path, store_path: str) -> Run:
       f'of {run_dir} takes {config.sae.d_in}: give the store it was trained on'
     )
   held_out = read_held_out(root, manifest)
-  step = checkpoints.latest_step(run_dir)
+  step = checkpoints.find_step(run_dir)
+  trained_on = checkpoints.read_meta(run_dir, step)['store']
+  if trained_on != store_fingerprint(manifest, config.store.site):
+    raise UserError(
+      f'store.path: the store at {root} is not the one that {run_dir} was '
+      'trained on: give that one with --store_path'
+    )
   sae = sae_jax.load(run_dir, step)
   return Run(Path(run_dir), config, step, sae, root, manifest, held_out)
 

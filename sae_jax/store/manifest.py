@@ -5,6 +5,7 @@ which is written last.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,19 @@ def layout(manifest: Manifest, part: str) -> tuple[np.dtype, int]:
 def parts(manifest: Manifest) -> list[str]:
   """Every kind of file of a shard: sequences, tokens and one per site."""
   return [SEQUENCES, TOKENS, *(site_part(s.name) for s in manifest.sites)]
+
+
+def store_fingerprint(manifest: Manifest, site: str) -> str:
+  """What tells one store from another: which rows of a site are where."""
+  files = [
+    (file, entry.checksum)
+    for shard in manifest.shards
+    for file, entry in sorted(shard.files.items())
+    if file.startswith(site_part(site) + '/')
+  ]
+  m = manifest
+  cut = (m.rows_per_shard, m.rows_per_block, m.held_out_shards, m.norm_shards)
+  return hashlib.sha256(repr((cut, files)).encode()).hexdigest()
 
 
 def local_root(root: str | Path) -> Path:

@@ -27,7 +27,7 @@ class Checkpoints:
   cut off keeps a temporary name and is never chosen.
   """
 
-  def __init__(self, run_dir: str | Path, *, keep: int, keep_every: int = 0):
+  def __init__(self, run_dir: str | Path, keep: int, keep_every: int):
     policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
     if keep_every:
       policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -35,6 +35,7 @@ class Checkpoints:
       folder(run_dir),
       item_names=('state', 'meta'),
       options=ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,  # of killed runs: the folder is locked
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
           policies
         ),
@@ -70,8 +71,10 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self._manager.wait_until_finished()
+    finally:
+      self._manager.close()
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -79,19 +82,22 @@ def folder(run_dir: str | Path) -> Path:
   return Path(run_dir).absolute() / 'checkpoints'
 
 
-def latest_step(run_dir: str | Path) -> int:
-  """The newest complete checkpoint's step; UserError when there is none."""
-  steps = (
-    ocp.utils.checkpoint_steps(folder(run_dir))
-    if folder(run_dir).is_dir()
-    else []
-  )
+def find_step(run_dir: str | Path, step: int | None = None) -> int:
+  """The newest complete checkpoint's step, or `step` when it was kept.
+
+  Raises UserError naming those there are.
+  """
+  there = folder(run_dir).is_dir()
+  steps = sorted(ocp.utils.checkpoint_steps(folder(run_dir))) if there else []
   if not steps:
     raise UserError(
       f'no checkpoint in {folder(run_dir)}: is {run_dir} the --workdir of a '
       'training run that saved at least once?'
     )
-  return max(steps)
+  if step is not None and step not in steps:
+    kept = ', '.join(map(str, steps))
+    raise UserError(f'no checkpoint of step {step} in {run_dir}; kept: {kept}')
+  return steps[-1] if step is None else step
 
 
 def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:

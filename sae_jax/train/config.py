@@ -5,6 +5,7 @@ Counters are in rows (tokens); steps are derived.
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -17,14 +18,14 @@ from sae_jax.train.step import SATURATED
 ACTIVATIONS = ('jumprelu', 'topk')
 _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
-  'loss.dead_rows', 'optim.lr', 'train.rows', 'train.batch_rows',
-  'train.log_rows', 'train.save_rows', 'train.keep', 'mesh.data', 'mesh.dict',
+  'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
+  'train.log_rows', 'train.save_rows', 'train.keep', 'train.eval_size',
+  'mesh.data', 'mesh.dict',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
   'loss.aux_k', 'optim.lr_width', 'optim.clip_norm', 'optim.warmup_rows',
-  'optim.decay_rows', 'train.eval_rows', 'train.eval_size', 'train.keep_rows',
-  'act.theta',
+  'optim.decay_rows', 'train.eval_rows', 'train.keep_rows', 'act.theta',
 )  # fmt: skip
 
 
@@ -91,6 +92,11 @@ def base_config() -> Config:
 def validate(config: Config) -> None:
   """Raises UserError for the first value that cannot work."""
   flat = flatten(config.to_dict())
+  for name, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'config.{name}={value}: must be a finite number')
+  if not 0 <= config.seed < 2**32:  # jax.random.key takes 32 bits
+    raise UserError(f'config.seed={config.seed}: must be in [0, 2^32)')
   for name in _POSITIVE:
     if not flat[name] > 0:
       raise UserError(f'config.{name}={flat[name]}: must be above 0')
@@ -102,13 +108,19 @@ def validate(config: Config) -> None:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
   known('config.act.name', config.act.name, ACTIVATIONS)
   F, batch = config.sae.latents, config.train.batch_rows
-  if config.act.name == 'jumprelu':
-    if config.act.log_theta and not config.act.theta:
-      raise UserError('config.act.theta=0: must be above 0 with log_theta')
-  else:
-    _at_most('act.k', config.act.k, F)
-    if config.loss.aux_coef:
-      _at_most('loss.aux_k', max(config.loss.aux_k, 1), F)
+  match config.act.name:
+    case 'jumprelu':
+      if config.act.log_theta and not config.act.theta:
+        raise UserError('config.act.theta=0: must be above 0 with log_theta')
+    case 'topk':
+      _at_most('act.k', config.act.k, F)
+      if config.loss.aux_coef:
+        _at_most('loss.aux_k', max(config.loss.aux_k, 1), F)
+      if config.loss.target_l0:
+        raise UserError(
+          f'config.loss.target_l0={config.loss.target_l0}: only jumprelu has a '
+          'target, the L0 of topk is act.k'
+        )
   if config.loss.dead_rows > SATURATED:
     raise UserError(
       f'config.loss.dead_rows={config.loss.dead_rows}: rows since a latent '

@@ -41,8 +41,9 @@ def make_optimizer(
     adam = optax.scale_by_rms(
       decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True
     )
-  clipping = [optax.clip_by_global_norm(clip)] if clip else []
-  return optax.chain(*clipping, adam, optax.scale_by_learning_rate(schedule))
+  # identity keeps the state's structure the same whether clipping is on.
+  clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
+  return optax.chain(clipping, adam, optax.scale_by_learning_rate(schedule))
 
 
 def update(

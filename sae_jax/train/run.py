@@ -1,55 +1,100 @@
-"""The run folder (--workdir): its config, and the SAE that came out of it."""
+"""The run folder (--workdir): its config, its lock, and the SAE in it."""
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.sae import SAE
 from sae_jax.paths import write_atomic
 from sae_jax.train import checkpoints
-from sae_jax.train.config import flatten
+from sae_jax.train.config import base_config, flatten
 from sae_jax.train.state import State, abstract_state, final_sae
 
 # Keys that may change between starts without asking: they alter neither the
 # arrays nor the trajectory.
 _FREE = (
   'mesh.', 'train.log_rows', 'train.save_rows', 'train.keep', 'train.eval_',
-  'train.resume', 'store.path', 'store.threads',
+  'train.resume', 'store.path',
 )  # fmt: skip
-# Keys that give the arrays their meaning or the batches their order: no
-# running state fits other values.
-_FIXED = ('seed', 'sae.', 'act.name', 'act.k', 'act.log_theta', 'store.',
-          'train.batch_rows', 'optim.ema', 'optim.b1')  # fmt: skip
+# Keys that give the arrays their meaning or the batches their order, or whose
+# values live on in the state: no running state fits other values.
+_FIXED = (
+  'seed', 'store.', 'sae.', 'act.', 'train.batch_rows', 'optim.ema', 'optim.b1',
+)  # fmt: skip
 
 
-def open_run(run_dir: str | Path, config: Config) -> None:
-  """Claims a run folder for `config`, or joins the run that lies there.
+def run_folder(run_dir: str | Path) -> Path:
+  """The folder of a run; UserError for what cannot be one."""
+  if '://' in str(run_dir):
+    raise UserError(
+      f'--workdir={run_dir} is a URL: give a folder, mount the bucket'
+    )
+  folder = Path(run_dir).expanduser().absolute()
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'--workdir={run_dir} is a file: give a folder')
+  return folder
 
-  A folder without config.json gets one. With the same config the run goes
-  on. Another config is a UserError that names the keys, unless
-  config.train.resume allows the changed values and the state still fits.
+
+def check_run(folder: Path, config: Config) -> None:
+  """UserError when the folder holds a run that `config` cannot go on with.
+
+  With the same config a run goes on. With another one the error names the
+  keys, unless config.train.resume allows the new values and the running state
+  fits them.
   """
-  path = Path(run_dir) / 'config.json'
-  new = config.to_dict()
-  if path.exists():
-    changed = changed_keys(read_config(run_dir).to_dict(), new)
-    fixed = [key for key in changed if key.startswith(_FIXED)]
-    names = ', '.join(f'{k} {a!r} -> {b!r}' for k, (a, b) in changed.items())
-    if fixed or (changed and not config.train.resume):
-      cure = (
-        f'{", ".join(fixed)} cannot change within a run, take another folder'
-        if fixed
-        else 'add --config.train.resume to go on with the new values, or '
-        'take another folder'
-      )
+  if not (folder / 'config.json').exists():
+    return
+  changed = changed_keys(read_config(folder).to_dict(), config.to_dict())
+  fixed = [key for key in changed if key.startswith(_FIXED)]
+  names = ', '.join(f'{k} {a!r} -> {b!r}' for k, (a, b) in changed.items())
+  if fixed:
+    cure = f'{", ".join(fixed)} cannot change within a run, take another folder'
+  elif changed and not config.train.resume:
+    cure = (
+      'add --config.train.resume to go on with the new values, or take another '
+      'folder'
+    )
+  else:
+    return
+  raise UserError(
+    f'--workdir={folder} holds a run with another config ({names}): {cure}'
+  )
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+  """Keeps a second trainer out of the folder, which is made if need be."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+  except OSError as error:
+    raise UserError(
+      f'--workdir={folder} cannot be used ({error.strerror}): give a folder '
+      'that can be written'
+    ) from error
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
       raise UserError(
-        f'--workdir={run_dir} holds a run with another config ({names}): {cure}'
-      )
-  write_atomic(path, json.dumps(new, indent=2) + '\n')
+        f'--workdir={folder} is in use by another process: wait for it, or '
+        'give another folder'
+      ) from None
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def write_config(folder: Path, config: Config) -> None:
+  """Records the config of a run: once everything that can refuse it has not."""
+  text = json.dumps(config.to_dict(), indent=2) + '\n'
+  write_atomic(folder / 'config.json', text)
 
 
 def changed_keys(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
@@ -63,16 +108,23 @@ def changed_keys(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
 
 
 def read_config(run_dir: str | Path) -> Config:
-  """The config of a run; UserError when the folder holds none."""
-  path = Path(run_dir) / 'config.json'
+  """The config of a run; keys younger than the run have their defaults.
+
+  Raises UserError when the folder holds none.
+  """
+  path = run_folder(run_dir) / 'config.json'
+  config: Config = base_config()
   try:
-    return ConfigDict(json.loads(path.read_text()))
+    config.update(json.loads(path.read_text()))
   except FileNotFoundError:
     raise UserError(
       f'{path} does not exist: give the --workdir of a training run'
     ) from None
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path} is not JSON ({error}): restore it') from None
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f'{path} is not the JSON of a training config ({error}): restore it'
+    ) from None
+  return config
 
 
 def load(run_dir: str | Path, step: int | None = None) -> SAE:
@@ -80,13 +132,12 @@ def load(run_dir: str | Path, step: int | None = None) -> SAE:
 
   Takes the newest complete checkpoint, or the one of `step`. The arrays come
   sharded under a mesh (`jax.set_mesh`), on the first device without one.
-  Raises UserError when there is no run or no checkpoint.
+  Raises UserError when there is no run or no such checkpoint.
   """
-  config = read_config(run_dir)
-  if step is None:
-    step = checkpoints.latest_step(run_dir)
+  folder, config = run_folder(run_dir), read_config(run_dir)
+  step = checkpoints.find_step(folder, step)
   abstract: State = abstract_state(config)
   parts = {'sae': abstract.sae, 'ema': abstract.ema}
   wanted = {k: v for k, v in parts.items() if v is not None}
-  state = checkpoints.restore_part(run_dir, step, wanted)
+  state = checkpoints.restore_part(folder, step, wanted)
   return final_sae(state['sae'], state.get('ema'))

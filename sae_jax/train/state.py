@@ -59,11 +59,12 @@ def make_activation(act: Config, latents: int) -> activations.Activation:
 def make_penalties(config: Config) -> tuple[objectives.Penalty, ...]:
   """The penalties that config.loss asks for with config.act."""
   c = config.loss
-  if config.act.name == 'jumprelu':
-    coef, target = jnp.float32(c.l0_coef), jnp.float32(c.target_l0)
-    return (objectives.L0Penalty(coef, target, quadratic=c.target_l0 > 0),)
-  if c.aux_coef:
-    return (objectives.AuxK(jnp.float32(c.aux_coef), c.aux_k),)
+  match config.act.name:
+    case 'jumprelu':
+      coef, target = jnp.float32(c.l0_coef), jnp.float32(c.target_l0)
+      return (objectives.L0Penalty(coef, target, quadratic=c.target_l0 > 0),)
+    case 'topk' if c.aux_coef:
+      return (objectives.AuxK(jnp.float32(c.aux_coef), c.aux_k),)
   return ()
 
 

@@ -47,7 +47,7 @@ def make_step(
       dead=dead,
       ramp=ramp if ramp_steps else jnp.float32(1),
     )
-    if config.loss.aux_coef and config.act.name == 'topk':
+    if any(isinstance(p, objectives.AuxK) for p in penalties):
       # AuxK is zero while nothing is dead and costs 60% of the other products.
       # A branch outside differentiation runs one side only.
       (loss, terms), grads = jax.lax.cond(

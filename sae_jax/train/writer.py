@@ -17,13 +17,13 @@ class Writer:
   logged beyond n, so that each step stands in the file once.
   """
 
-  def __init__(self, run_dir: str | Path, step: int):
+  def __init__(self, run_dir: str | Path, step: int, rows: int):
     path = Path(run_dir) / 'metrics.jsonl'
     write_atomic(path, ''.join(_lines_up_to(path, step)))
     self._file = open(path, 'a')
     self._board = SummaryWriter(
       str(Path(run_dir) / 'tensorboard'),
-      purge_step=step + 1,
+      purge_step=rows + 1,  # TensorBoard's "step" is rows, as written below
       write_to_disk=True,
     )
 

@@ -1,11 +1,13 @@
 """A user's mistake ends with one line, exit code 2, and nothing written."""
 
+import json
 import shutil
 
 import pytest
-from train_runs import SITE, overrides, run
+from train_runs import SITE, overrides, planted_rows, run
 
 import sae_jax
+from sae_jax.store.writer import write_arrays
 from sae_jax.train import run as runs
 
 BAD = {
@@ -21,6 +23,11 @@ BAD = {
   'mesh and B': (['--config.mesh.data=3'], ['batch_rows=64', '63 or 66']),
   'devices': (['--config.mesh.dict=16'], ['16', '8 cpu device']),
   'batch and block': (['--config.train.batch_rows=40'], ['40', '32 or 48']),
+  'no evaluation rows': (['--config.train.eval_size=0'], ['eval_size=0']),
+  'eps': (['--config.optim.eps=0.0'], ['optim.eps=0.0']),
+  'not finite': (['--config.optim.lr=inf'], ['optim.lr=inf']),
+  'seed': (['--config.seed=-1'], ['seed=-1']),
+  'target of topk': (['--config.loss.target_l0=9.0'], ['act.k']),
   'negative': (['--config.optim.lr=-1.0'], ['optim.lr=-1.0']),
   'store': (['--config.store.path=/nowhere'], ['/nowhere']),
   'argument': (['rows=3'], ["'rows=3'"]),
@@ -92,11 +99,67 @@ def test_a_run_of_another_config(tmp_path, store):
   assert done.returncode == 0 and 'going on from step 40' in done.stderr
 
 
+def test_a_store_without_held_out_rows(tmp_path):
+  store = tmp_path / 'store'
+  rows = {SITE: planted_rows(1024)[0]}
+  write_arrays(
+    store, rows, rows_per_shard=256, rows_per_block=16, held_out_shards=0
+  )
+  flags = overrides(store)
+  refused(run(tmp_path / 'run', 'topk.py:demo', *flags), 'held-out', 'eval')
+  assert not (tmp_path / 'run').exists()
+  off = [*flags, '--config.train.eval_rows=0']
+  assert run(tmp_path / 'run', 'topk.py:demo', *off).returncode == 0
+
+
+def test_run_folders_that_cannot_be(tmp_path, store):
+  flags = overrides(store)
+  file = tmp_path / 'file'
+  file.write_text('mine')
+  refused(run(file, 'topk.py:demo', *flags), 'is a file')
+  refused(run(file / 'run', 'topk.py:demo', *flags), 'cannot be used')
+  refused(run('gs://bucket/run', 'topk.py:demo', *flags), 'URL')
+  assert file.read_text() == 'mine'
+  with runs.lock(tmp_path / 'run'):
+    refused(run(tmp_path / 'run', 'topk.py:demo', *flags), 'in use')
+
+
+def test_what_a_finished_run_refuses_and_takes(tmp_path, store):
+  """Nothing that is refused changes config.json."""
+  flags = overrides(store)
+  workdir = tmp_path / 'run'
+  again = lambda *more: run(workdir, 'topk.py:demo', *flags, *more)
+  assert again().returncode == 0
+  before = (workdir / 'config.json').read_text()
+  resume = '--config.train.resume'
+  refused(again('--config.act.bandwidth=0.5', resume), 'act.bandwidth')
+  done = again('--config.train.rows=1280', resume)
+  assert done.returncode == 2 and 'rows=2560 or more' in done.stderr
+  other = tmp_path / 'store'
+  rows = {SITE: planted_rows(4096, seed=1)[0]}
+  write_arrays(
+    other, rows, rows_per_shard=256, rows_per_block=16, held_out_shards=2
+  )
+  done = again(f'--config.store.path={other}')
+  assert done.returncode == 2 and 'not the one' in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert (workdir / 'config.json').read_text() == before
+  longer = ['--config.train.rows=3200', '--config.optim.clip_norm=1.0']
+  done = again(*longer, resume)
+  assert done.returncode == 0 and 'going on from step 40' in done.stderr
+  with pytest.raises(sae_jax.UserError, match='step 7 .*kept: 40, 50'):
+    sae_jax.load(workdir, step=7)
+  config = json.loads((workdir / 'config.json').read_text())
+  del config['act']['log_theta'], config['optim']['ema']
+  (workdir / 'config.json').write_text(json.dumps(config))
+  sae_jax.load(workdir)  # keys younger than the run have their defaults
+
+
 def test_loading_what_is_not_there(tmp_path):
   with pytest.raises(sae_jax.UserError, match='config.json'):
     sae_jax.load(tmp_path)
   (tmp_path / 'config.json').write_text('{"a": ')
-  with pytest.raises(sae_jax.UserError, match='not JSON'):
+  with pytest.raises(sae_jax.UserError, match='not the JSON'):
     runs.read_config(tmp_path)
   (tmp_path / 'config.json').write_text('{}')
   with pytest.raises(sae_jax.UserError, match='checkpoint'):

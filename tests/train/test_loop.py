@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from train_runs import (
-  ATOMS,
   ROOT,
   SITE,
   command,
@@ -22,7 +21,8 @@ from train_runs import (
 import sae_jax
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store.writer import write_arrays
-from sae_jax.train import checkpoints
+from sae_jax.train import checkpoints, state
+from sae_jax.train import run as runs
 
 
 def _metrics(workdir):
@@ -34,9 +34,15 @@ def _metrics(workdir):
   ]
 
 
-def _arrays(workdir):
-  s = sae_jax.load(workdir)
-  return [np.asarray(x) for x in jax.tree.leaves(s)]
+def _state(workdir):
+  """Every array of the last checkpoint: SAE, optimiser, counters."""
+  config = runs.read_config(workdir)
+  with jax.set_mesh(make_mesh(1, 1)):
+    with checkpoints.Checkpoints(workdir, 2, 0) as manager:
+      abstract = state.abstract_state(config)
+      found, meta = manager.restore(manager.latest(), abstract)
+  assert meta['position'] == config.train.rows
+  return jax.device_get(jax.tree.leaves(found))
 
 
 @pytest.mark.smoke
@@ -68,7 +74,7 @@ def test_killed_at_random_it_ends_as_if_never_stopped(tmp_path, store, name):
   assert done.returncode == 0, done.stderr
   assert 'going on from step' in done.stderr
   assert _metrics(killed) == _metrics(whole)
-  for a, b in zip(_arrays(killed), _arrays(whole), strict=True):
+  for a, b in zip(_state(killed), _state(whole), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -88,7 +94,10 @@ def test_the_same_run_on_every_mesh(tmp_path, store):
     assert {len(x.data) for x in s.W_dec.addressable_shards} == {8}
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(tmp_path, store):
+@pytest.mark.parametrize(
+  'number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
   flags = overrides(store, **{'train.rows': 64_000, 'train.save_rows': 64_000})
   env = os.environ | {'PYTHONPATH': str(ROOT)}
   child = subprocess.Popen(
@@ -101,10 +110,10 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path, store):
     assert child.poll() is None
     time.sleep(0.01)
   time.sleep(1.0)
-  child.send_signal(signal.SIGTERM)
+  child.send_signal(number)
   _, stderr = child.communicate(timeout=60)
-  assert child.returncode == 143, stderr
-  step = checkpoints.latest_step(tmp_path)
+  assert child.returncode == code, stderr
+  step = checkpoints.find_step(tmp_path)
   assert 0 < step < 1000 and f'saved at step {step}' in stderr
   done = run(tmp_path, 'topk.py:demo', *flags)
   assert done.returncode == 0 and f'going on from step {step}' in done.stderr
@@ -146,9 +155,11 @@ def test_load_gives_raw_units_and_the_newest_checkpoint(tmp_path, store):
   assert f.shape == (256, 64) and (np.asarray(f) != 0).sum(1).max() <= 4
   error = ((x - s.decode(f)) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
   assert error < 0.8
+  parts = {'ema': state.abstract_state(runs.read_config(tmp_path)).ema}
+  ema = checkpoints.restore_part(tmp_path, 40, parts)['ema']
+  np.testing.assert_array_equal(s.W_enc, ema.W_enc)
   early = sae_jax.load(tmp_path, step=30)
   assert not np.array_equal(early.W_dec, s.W_dec)
-  assert len(atoms := planted_rows(1)[1]) == ATOMS and atoms.shape[1] == 16
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path, store):

@@ -1,0 +1,111 @@
+"""What a run tells while it trains: checked metrics, speed, a progress bar."""
+
+import math
+import time
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.train import perf
+from sae_jax.train.state import steps_of
+from sae_jax.train.step import Metrics
+from sae_jax.train.writer import Writer
+
+_QUIET_SECONDS = 10  # between lines on a log that is not a terminal
+
+
+class Progress:
+  """Reads the metrics of finished steps and passes them on.
+
+  `waited` collects the seconds in which the loop waited for input.
+  """
+
+  def __init__(self, config: Config, run_dir, step: int):
+    c = config.train
+    self._config, self._batch = config, c.batch_rows
+    self._last = steps_of(c.rows, c.batch_rows)
+    self._every = max(c.log_rows // c.batch_rows, 1)
+    self._writer = Writer(run_dir, step, step * c.batch_rows)
+    self._speed = Speed(config)
+    self._spoken = -math.inf
+    self._bar = tqdm(
+      total=self._last * c.batch_rows, initial=step * c.batch_rows,
+      unit='row', unit_scale=True, desc='train', disable=None,
+    )  # fmt: skip
+    self.waited = 0.0
+
+  def read(self, step: int, metrics: Metrics) -> None:
+    """Takes the metrics of the step'th update; waits until it is done.
+
+    Raises UserError when the loss or a gradient is not finite.
+    """
+    values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+    for name in ('train/loss', 'train/grad_norm'):
+      if not math.isfinite(values[name]):
+        raise UserError(
+          f'{name} of step {step} is {values[name]}: lower config.optim.lr or '
+          'look at the rows; the newest checkpoint is finite, delete it to '
+          'start again from the one before'
+        )
+    self._bar.update(self._batch)
+    if step % self._every and step not in (1, self._last):
+      return
+    values |= self._speed.read(step, self.waited, values['train/dead'] > 0)
+    self.waited = 0.0
+    self.write(step, values)
+    self._show(step, values)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Appends values of the state after `step` updates to the run's files."""
+    self._writer.write(step, step * self._batch, values)
+
+  def _show(self, step: int, values: dict[str, float]) -> None:
+    shown = {k: values[f'train/{k}'] for k in ('loss', 'fvu', 'l0', 'dead')}
+    self._bar.set_postfix({k: f'{v:.3g}' for k, v in shown.items()})
+    now = time.monotonic()
+    due = now - self._spoken > _QUIET_SECONDS or step == self._last
+    if self._bar.disable and due:
+      self._spoken = now
+      text = ' '.join(f'{k} {v:.4g}' for k, v in shown.items())
+      rate = values.get('perf/rows_per_s', 0.0)
+      rows = step * self._batch
+      logging.info('%9d rows  %s  %.0f rows/s', rows, text, rate)
+
+  def close(self) -> None:
+    self._writer.close()
+    self._bar.close()
+
+
+class Speed:
+  """Rows per second and utilisation between two logged steps."""
+
+  def __init__(self, config: Config):
+    c, self._rows = config.sae, config.train.batch_rows
+    flops = lambda aux: perf.step_flops(self._rows, c.d_in, c.latents, aux=aux)
+    auxk = config.act.name == 'topk' and config.loss.aux_coef > 0
+    self._flops = {False: flops(False), True: flops(auxk)}
+    virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
+    devices = 1 if virtual else config.mesh.data * config.mesh.dict
+    self._peak = perf.peak_tflops() * devices * 1e12
+    self._step, self._time = -1, 0.0
+
+  def read(self, step: int, waited: float, dead: bool) -> dict[str, float]:
+    """Figures of the steps since the last call; none at the first call,
+    whose time is mostly compilation. `dead`: whether AuxK had work to do."""
+    now = time.perf_counter()
+    seconds, steps = now - self._time, step - self._step
+    first = self._step < 0
+    self._step, self._time = step, now
+    if first or not steps:
+      return {}
+    rate = steps / seconds
+    return {
+      'perf/rows_per_s': rate * self._rows,
+      'perf/step_ms': 1e3 / rate,
+      'perf/wait_ms': 1e3 * waited / steps,
+      'perf/mfu': rate * self._flops[dead]['published'] / self._peak,
+      'perf/mfu_executed': rate * self._flops[dead]['executed'] / self._peak,
+    }

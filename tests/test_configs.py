@@ -1,0 +1,125 @@
+"""The recipes in configs/, read as launch/train.py reads them."""
+
+import math
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from sae_jax.harvest.config import check_config
+from sae_jax.train.config import validate
+from sae_jax.train.state import make_schedule, steps_of
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+TRAINING = [
+  'jumprelu.py', 'jumprelu.py:gemma_scope', 'jumprelu.py:demo',
+  'topk.py', 'topk.py:openai', 'topk.py:demo',
+]  # fmt: skip
+M = 1_000_000
+
+
+def _load(recipe, **overrides):
+  """The config of --config=configs/<recipe> --config.<section>.<key>=..."""
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file('config', flag_values=values)
+  more = [
+    f'--config.{name.replace("__", ".")}={value}'
+    for name, value in overrides.items()
+  ]
+  values(['train.py', f'--config={CONFIGS / recipe}', *more])
+  return config.value
+
+
+def _expect(config, **expected):
+  for name, value in expected.items():
+    section, key = name.split('__')
+    assert config[section][key] == value, name
+
+
+@pytest.mark.parametrize('recipe', TRAINING)
+def test_every_training_recipe_is_valid(recipe):
+  config = _load(recipe)
+  validate(config)
+  assert config.loss.l0_warmup_rows <= config.train.rows
+  assert config.optim.warmup_rows + config.optim.decay_rows <= config.train.rows
+
+
+@pytest.mark.parametrize('recipe', ['smollm2', 'tiny'])
+def test_every_harvest_recipe_is_valid(recipe):
+  check_config(_load(f'harvest.py:{recipe}'))
+
+
+def test_no_recipe_is_left_out_here():
+  tested = {name.split(':')[0] for name in TRAINING} | {'harvest.py'}
+  assert {path.name for path in CONFIGS.glob('*.py')} == tested
+
+
+def test_gemma_scope_has_the_paper_s_numbers():
+  """arXiv 2408.05147, section 3 and table 1: 16k latents, Gemma 2 2B."""
+  c = _load('jumprelu.py:gemma_scope')
+  _expect(
+    c,
+    act__name='jumprelu', act__theta=0.001, act__bandwidth=0.001,
+    sae__d_in=2304, sae__latents=2**14, sae__center=False, sae__pre_bias=True,
+    loss__l0_coef=6e-4, loss__target_l0=0, loss__l0_warmup_rows=10_000 * 4096,
+    optim__lr=7e-5, optim__lr_width=0, optim__b1=0, optim__b2=0.999,
+    optim__eps=1e-8, optim__clip_norm=0, optim__ema=0, optim__decay_rows=0,
+    optim__warmup_rows=1000 * 4096,
+    train__batch_rows=4096, train__rows=4000 * M,
+  )  # fmt: skip
+  lr = make_schedule(c)
+  last = steps_of(c.train.rows, c.train.batch_rows) - 1
+  assert lr(0) == pytest.approx(7e-6, rel=1e-5)
+  assert lr(999) < lr(1000) == lr(last) == pytest.approx(7e-5, rel=1e-5)
+
+
+def test_openai_has_the_paper_s_numbers():
+  """arXiv 2406.04093, appendix A; lr as in the authors' code."""
+  c = _load('topk.py:openai')
+  _expect(
+    c,
+    act__name='topk', act__k=32, sae__pre_bias=True, sae__center=True,
+    loss__aux_coef=1 / 32, loss__aux_k=512, loss__dead_rows=10 * M,
+    optim__lr=2e-4, optim__lr_width=2**14, optim__b1=0.9, optim__b2=0.999,
+    optim__eps=6.25e-10, optim__ema=0.999, optim__clip_norm=0,
+    optim__warmup_rows=0, optim__decay_rows=0,
+    train__batch_rows=131_072,
+  )  # fmt: skip
+  for latents in (2**14, 2**15, 2**20):
+    c.sae.latents = latents
+    lr, expected = make_schedule(c), 2e-4 / math.sqrt(latents / 2**14)
+    last = steps_of(c.train.rows, c.train.batch_rows) - 1
+    assert lr(0) == lr(last) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gemma_scope_s_warm_ups_are_steps_at_any_batch():
+  c = _load('jumprelu.py:gemma_scope', train__batch_rows=256)
+  _expect(
+    c,
+    train__batch_rows=256, train__rows=4000 * M,
+    loss__l0_warmup_rows=10_000 * 256, optim__warmup_rows=1000 * 256,
+  )  # fmt: skip
+  validate(c)
+
+
+@pytest.mark.parametrize('recipe', ['jumprelu.py:demo', 'topk.py:demo'])
+def test_the_demos_warm_ups_and_reports_are_shares_of_the_run(recipe):
+  rows = 60_000
+  c = _load(recipe, train__rows=rows)
+  ramp = rows // 4 if recipe.startswith('jumprelu') else 0
+  _expect(
+    c,
+    train__rows=rows, train__batch_rows=2048, loss__l0_warmup_rows=ramp,
+    optim__warmup_rows=rows // 20, optim__decay_rows=rows // 5,
+    train__log_rows=rows // 50, train__eval_rows=rows // 10,
+    train__save_rows=rows // 4,
+  )  # fmt: skip
+  validate(c)
+
+
+def test_a_warm_up_of_its_own_changes_nothing_else():
+  expected = _load('jumprelu.py:gemma_scope').to_dict()
+  expected['optim']['warmup_rows'] = 5
+  found = _load('jumprelu.py:gemma_scope', optim__warmup_rows=5)
+  assert found.to_dict() == expected
