@@ -36,8 +36,11 @@ setup(
     'tensorboardX>=2.6,<3',  # TensorBoard files without TensorFlow
     'tqdm>=4.66,<5',  # progress bars
     'tokenizers>=0.22,<0.24',  # text to token ids
-    'transformers>=5.0,<6',  # tokenizers and configs of hub models; no torch
+    # Hub models' tokenizers and configs (no torch needed for those); today
+    # the reference that our decoder is tested against.
+    'transformers>=5.0,<6',
     'jinja2>=3.1,<4',  # report.html
+    'markupsafe>=2.1',  # its escaping, for inline SVG
     'matplotlib>=3.9,<4',  # the report's plots
   ],
   extras_require={

@@ -62,12 +62,13 @@ def harvest(changes: dict) -> tuple[str, Stage]:
   """The store's folder, and what making it took."""
   config = ['configs/harvest.py:smollm2', *overrides(changes)]
   store = cache_dir('stores', f'quickstart-{digest("harvest", config)}')
+  # Run even when the store is there: it looks whether all of it is.
+  there = (Path(store) / 'manifest.json').exists()
   stage = run_stage(
     'harvest', 'launch/harvest.py', f'--config={config[0]}', *config[1:],
     f'--config.store.path={store}',
-    done=is_complete(store),
   )  # fmt: skip
-  return store, stage
+  return store, stage._replace(note='re-used' if there else '')
 
 
 def train_and_evaluate(
@@ -108,12 +109,6 @@ def run_stage(name: str, program: str, *args: str, done=False) -> Stage:
   return Stage(name, time.monotonic() - start, usage.ru_maxrss / unit, '')
 
 
-def is_complete(store: str) -> bool:
-  """Whether an earlier run finished the harvest."""
-  path = Path(store) / 'manifest.json'
-  return path.exists() and json.loads(path.read_text())['state'] == 'complete'
-
-
 def overrides(changes: dict) -> list[str]:
   return [f'--config.{key}={value}' for key, value in changes.items()]
 
@@ -139,7 +134,7 @@ def print_tables(runs: dict[str, Path], stages: list[Stage]) -> None:
   }
   print('\n' + ' ' * 32 + ''.join(f'{name:>12}' for name in figures))
   for label, key, form in rows:
-    cells = ''.join(f'{figures[n][key]:>12{form}}' for n in figures)
+    cells = ''.join(cell(figures[n][key], form) for n in figures)
     print(f'{label:<32}{cells}')
   rates = ''.join(f'{rows_per_s(run):>12,.0f}' for run in runs.values())
   print(f'{"training rows per second":<32}{rates}')
@@ -150,6 +145,10 @@ def print_tables(runs: dict[str, Path], stages: list[Stage]) -> None:
   print(f'{"all":<20}{total:>9.1f}{peak:>10.2f}\n')
   for name, run in runs.items():
     print(f'report ({name}): {run}/report.html')
+
+
+def cell(value: float | None, form: str) -> str:
+  return f'{"undefined":>12}' if value is None else f'{value:>12{form}}'
 
 
 def rows_per_s(run: Path) -> float:

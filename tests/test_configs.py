@@ -1,7 +1,9 @@
 """The recipes in configs/, read as launch/train.py reads them."""
 
 import math
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
@@ -10,6 +12,11 @@ from ml_collections import config_flags
 from sae_jax.harvest.config import check_config
 from sae_jax.train.config import validate
 from sae_jax.train.state import make_schedule, steps_of
+
+# ml_collections imports the recipe by load_module.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:the load_module:DeprecationWarning'
+)
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TRAINING = [
@@ -27,7 +34,9 @@ def _load(recipe, **overrides):
     f'--config.{name.replace("__", ".")}={value}'
     for name, value in overrides.items()
   ]
-  values(['train.py', f'--config={CONFIGS / recipe}', *more])
+  argv = ['train.py', f'--config={CONFIGS / recipe}', *more]
+  with mock.patch.object(sys, 'argv', argv):  # it looks there for overrides
+    values(argv)
   return config.value
 
 

@@ -122,10 +122,12 @@ def open_run(run_dir: str | Path, store_path: str) -> Run:
   step = checkpoints.find_step(run_dir)
   trained_on = checkpoints.read_meta(run_dir, step)['store']
   if trained_on != store_fingerprint(manifest, config.store.site):
-    raise UserError(
-      f'store.path: the store at {root} is not the one that {run_dir} was '
-      'trained on: give that one with --store_path'
-    )
+    if not store_path:
+      raise UserError(
+        f'store.path: the store at {root} is not the one {run_dir} was trained '
+        'on: give that one, or another one on purpose, with --store_path'
+      )
+    log.warning('store: %s is not the one %s was trained on', root, run_dir)
   sae = sae_jax.load(run_dir, step)
   return Run(Path(run_dir), config, step, sae, root, manifest, held_out)
 

@@ -4,6 +4,7 @@ held-out rows in file order, sequences, the normaliser.
 Every block is checked on read. Needs numpy; Grain for prefetching; not jax.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ class ShardFile:
     view = out.view(np.uint8).reshape(-1).data
     offset = block * self.block_rows * self.width * self.dtype.itemsize
     got = 0
-    with open(self.path, 'rb', buffering=0) as file:
+    with self._opened() as file:
       file.seek(offset)
       while got < len(view):
         n = file.readinto(view[got:])
@@ -80,6 +81,15 @@ class ShardFile:
         f'{offset + len(view):,}) does not match its checksum: {MEND}'
       )
 
+  def _opened(self) -> io.FileIO:
+    try:
+      return open(self.path, 'rb', buffering=0)
+    except OSError as error:
+      raise UserError(
+        f'{self.path}: cannot be opened ({error.strerror}): was the store '
+        'moved or deleted meanwhile?'
+      ) from error
+
   def read(self, block: int) -> np.ndarray:
     """One block [rows, width]."""
     out = np.empty(self.block_shape(block), self.dtype)
@@ -91,7 +101,7 @@ def check_size(path: Path, expected: int) -> None:
   """UserError unless the file is there and has `expected` bytes."""
   try:
     actual = path.stat().st_size
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f'{path}: missing: run the same harvest again, it rewrites that shard'
     ) from None

@@ -11,6 +11,7 @@ import pytest
 from sae_jax.lm.model import forward
 from sae_jax.lm.subject import Subject, tokenizer_sha256
 from sae_jax.models.sae import Norm
+from sae_jax.store.manifest import read_manifest, store_fingerprint
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.config import base_config
 from sae_jax.train.state import init_state
@@ -62,8 +63,9 @@ def run_dir(tmp_path, store):
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(c.to_dict()))
   norm = Norm(jax.numpy.zeros(c.sae.d_in), jax.numpy.float32(4))
-  with Checkpoints(folder, keep=1) as checkpoints:
-    checkpoints.save(3, init_state(c, norm), {})
+  mark = store_fingerprint(read_manifest(store), fakes.SITE)
+  with Checkpoints(folder, 1, 0) as checkpoints:
+    checkpoints.save(3, init_state(c, norm), {'store': mark})
   lines = [
     {'step': 1, 'rows': 32, 'train/loss': 0.9, 'train/l0': 4.0},
     {'step': 1, 'rows': 32, 'eval/fvu': 0.8},

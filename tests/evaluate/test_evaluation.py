@@ -112,6 +112,12 @@ def test_refusals(run_dir, store, tmp_path, monkeypatch, subject):
   refuses(run_dir, 'not the model that was harvested.*weights_sha256 fff')
   monkeypatch.undo()
   config = json.loads((run_dir / 'config.json').read_text())
+  rows = {fakes.SITE: np.ones((64, 16), np.float32)}
+  write_arrays(tmp_path / 'other', rows, rows_per_shard=16, rows_per_block=16)
+  config['store']['path'] = str(tmp_path / 'other')
+  (run_dir / 'config.json').write_text(json.dumps(config))
+  refuses(run_dir, 'is not the one .* --store_path')
+  config['store']['path'] = str(store)
   config['sae']['d_in'] = 24
   (run_dir / 'config.json').write_text(json.dumps(config))
   refuses(run_dir, 'is 16 wide .* takes 24')

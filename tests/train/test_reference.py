@@ -17,7 +17,7 @@ pytestmark = pytest.mark.smoke
 D, F, B, STEPS = 6, 24, 16, 3
 LR, B2, EPS = 0.03, 0.9, 1e-4  # an eps that is seen in the update
 CLIP = {'jumprelu': 10.0, 'topk': 2.0}  # binds in some steps, not in all
-THETA, BANDWIDTH, L0_COEF = 0.1, 0.2, 0.5
+THETA, BANDWIDTH, L0_COEF = 0.2, 0.2, 0.5
 WARMUP, RAMP, DECAY, DEAD = 4, 5, 3, 2  # steps
 K, ALPHA = 2, 0.25
 
@@ -53,7 +53,7 @@ def _case(config):
   }
   act = s.sae.act
   if config.act.name == 'jumprelu':
-    theta = THETA * rng.uniform(0.1, 1.5, F)
+    theta = THETA * rng.random(F) ** 2  # some so small that they reach 0
     p['theta'] = np.log(theta) if config.act.log_theta else theta
     act = act.replace(param=jnp.array(p['theta'], jnp.float32))
   since = np.where(np.arange(F) % 3, B, 0)  # none dead before the first step
