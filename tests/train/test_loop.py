@@ -20,6 +20,7 @@ from train_runs import (
 
 import sae_jax
 from sae_jax.parallel.mesh import make_mesh
+from sae_jax.store import reader
 from sae_jax.store.writer import write_arrays
 from sae_jax.train import checkpoints, state
 from sae_jax.train import run as runs
@@ -180,3 +181,44 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, store):
   assert last.startswith('error: train/') and 'optim.lr' in last
   for x in jax.tree.leaves(sae_jax.load(tmp_path)):
     assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize('center', [True, False])
+def test_the_normaliser_comes_from_the_store(tmp_path, store, center):
+  """Unit mean squared norm over the first training shard, centred or not."""
+  flags = overrides(store, **{'train.rows': 64, 'sae.center': center})
+  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  norm = sae_jax.load(tmp_path).norm_in
+  rows = np.concatenate(
+    [rows for rows, _ in reader.shard_blocks(store, SITE, range(2, 3))]
+  )
+  mean = rows.mean(0) if center else np.zeros(16)
+  np.testing.assert_allclose(norm.mean, mean, rtol=1e-5)
+  squared = ((rows - mean) ** 2).sum(1).mean()
+  assert norm.scale == pytest.approx(np.sqrt(squared), rel=1e-5)
+
+
+def test_tensorboard_shows_every_logged_step_of_a_resumed_run(tmp_path, store):
+  """Read back with TensorBoard's own file format; x is rows."""
+  event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
+  flags = overrides(store, **{'train.rows': 20 * 64})
+  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  more = ['--config.train.rows=2560', '--config.train.resume']
+  assert run(tmp_path, 'topk.py:demo', *flags, *more).returncode == 0
+  rows = []
+  for file in sorted((tmp_path / 'tensorboard').iterdir()):
+    for raw in _records(file.read_bytes()):
+      event = event_pb2.Event.FromString(raw)
+      if event.HasField('session_log'):  # readers drop what lies beyond
+        rows = [r for r in rows if r < event.step]
+      rows += [event.step for v in event.summary.value if v.tag == 'train/loss']
+  assert rows == list(range(64, 2561, 64))
+
+
+def _records(data):
+  """The records of a TFRecord file: length, its crc, bytes, their crc."""
+  at = 0
+  while at < len(data):
+    size = int.from_bytes(data[at : at + 8], 'little')
+    yield data[at + 12 : at + 12 + size]
+    at += 16 + size
