@@ -106,11 +106,13 @@ def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
     env=env,
     stderr=subprocess.PIPE,
     text=True,
+    # A shell's background jobs, and so their children, ignore SIGINT.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
-  while not (tmp_path / 'metrics.jsonl').exists():
+  log = tmp_path / 'metrics.jsonl'
+  while not log.exists() or len(log.read_bytes().splitlines()) < 5:
     assert child.poll() is None
-    time.sleep(0.01)
-  time.sleep(1.0)
+    time.sleep(0.002)
   child.send_signal(number)
   _, stderr = child.communicate(timeout=60)
   assert child.returncode == code, stderr
