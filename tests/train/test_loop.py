@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -101,13 +102,16 @@ def test_the_same_run_on_every_mesh(tmp_path, store):
 def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
   flags = overrides(store, **{'train.rows': 64_000, 'train.save_rows': 64_000})
   env = os.environ | {'PYTHONPATH': str(ROOT)}
+  # A shell's background jobs, and so their children, ignore SIGINT: undo it.
+  heed = (
+    'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); '
+    'os.execv(sys.argv[1], sys.argv[1:])'
+  )
   child = subprocess.Popen(
-    command(tmp_path, 'topk.py:demo', *flags),
+    [sys.executable, '-c', heed, *command(tmp_path, 'topk.py:demo', *flags)],
     env=env,
     stderr=subprocess.PIPE,
     text=True,
-    # A shell's background jobs, and so their children, ignore SIGINT.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   log = tmp_path / 'metrics.jsonl'
   while not log.exists() or len(log.read_bytes().splitlines()) < 5:
