@@ -3,10 +3,10 @@
 # use_env EXTRA installs this checkout with that extra, into the active
 # virtual environment if there is one, else into .venv beside this folder.
 # $PYTHON is afterwards the interpreter to use. The installation is repeated
-# only when setup.py has changed since.
+# only when setup.py has changed since, or another checkout was installed there.
 
 use_env() {
-  local extra=$1 base=${PYTHON:-python3} folder stamp
+  local extra=$1 base=${PYTHON:-python3} folder key stamp
   if [ -n "${VIRTUAL_ENV:-}" ]; then
     folder=$VIRTUAL_ENV
   elif [ -n "${CONDA_PREFIX:-}" ]; then
@@ -23,7 +23,8 @@ use_env() {
     fi
   fi
   PYTHON=$folder/bin/python
-  stamp=$folder/.sae_jax-$extra-$(cksum <"$ROOT/setup.py" | tr ' ' -)
+  key=$({ echo "$ROOT"; cat "$ROOT/setup.py"; } | cksum | tr ' ' -)
+  stamp=$folder/.sae_jax-$key-$extra
   if [ ! -e "$stamp" ]; then
     echo "installing sae_jax[$extra] into $folder"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check \
@@ -31,6 +32,9 @@ use_env() {
       echo "error: pip could not install sae_jax[$extra]: see above" >&2
       exit 2
     }
+    # Whatever was installed from elsewhere, or before, is no longer.
+    find "$folder" -maxdepth 1 -name '.sae_jax-*' ! -name ".sae_jax-$key-*" \
+      -delete
     touch "$stamp"
   fi
   export PYTHON

@@ -32,7 +32,7 @@ from sae_jax.store.manifest import (
   store_fingerprint,
 )
 from sae_jax.train import checkpoints
-from sae_jax.train.run import read_config
+from sae_jax.train.run import read_config, run_folder
 
 log = logging.getLogger('absl')
 FORMAT, VERSION = 'sae_jax.evaluation', 1
@@ -74,6 +74,7 @@ def evaluate(
   Raises UserError for a missing run, store or model, for another model than
   the one that was harvested, and for counts below 1. Nothing is written then.
   """
+  run_dir = run_folder(run_dir)
   for name, value in [('rows', rows), ('sequences', sequences)]:
     if value < 1:
       raise UserError(f'--{name}={value}: must be at least 1')
@@ -107,7 +108,7 @@ def evaluate(
   return result
 
 
-def open_run(run_dir: str | Path, store_path: str) -> Run:
+def open_run(run_dir: Path, store_path: str) -> Run:
   """The newest checkpoint of a run, and its store."""
   config = read_config(run_dir)
   root = store_path or config.store.path
@@ -129,7 +130,7 @@ def open_run(run_dir: str | Path, store_path: str) -> Run:
       )
     log.warning('store: %s is not the one %s was trained on', root, run_dir)
   sae = sae_jax.load(run_dir, step)
-  return Run(Path(run_dir), config, step, sae, root, manifest, held_out)
+  return Run(run_dir, config, step, sae, root, manifest, held_out)
 
 
 def open_model(manifest: Manifest, path: str, needed: bool) -> Subject | None:

@@ -52,8 +52,8 @@ def train(config: Config, run_dir: str) -> State:
   with (
     jax.set_mesh(mesh),
     lock(folder),
+    _stop_signals() as stop_asked,  # in force until the last save is written
     Checkpoints(folder, c.keep, every(c.keep_rows)) as checkpoints,
-    _stop_signals() as stop_asked,
   ):
     fingerprint = store_fingerprint(source.manifest, source.site.name)
     state, position = restore_or_init(config, source, checkpoints, fingerprint)
@@ -94,9 +94,9 @@ def train(config: Config, run_dir: str) -> State:
     finally:
       progress.close()
       batches.close()
-    if step < last:
-      logging.info('stopped: saved at step %d of %d in %s', step, last, folder)
-      sys.exit(128 + stop_asked())
+  if step < last:
+    logging.info('stopped: saved at step %d of %d in %s', step, last, folder)
+    sys.exit(128 + stop_asked())
   logging.info('trained on %d rows: %s', last * c.batch_rows, folder)
   return state
 

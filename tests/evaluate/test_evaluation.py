@@ -126,6 +126,15 @@ def test_refusals(run_dir, store, tmp_path, monkeypatch, subject):
   refuses(run_dir, "no 'layer_1.resid_post'.*layer_0.resid_post")
 
 
+def test_a_folder_below_home(run_dir, monkeypatch):
+  """A shell leaves the ~ of --workdir=~/run as it is."""
+  monkeypatch.setenv('HOME', str(run_dir.parent))
+  job.evaluate(f'~/{run_dir.name}', language_model=False)
+  assert (run_dir / 'report.html').exists()
+  with pytest.raises(UserError, match='is a URL'):
+    job.evaluate('gs://bucket/run', language_model=False)
+
+
 def test_the_smallest_of_stores(run_dir, tmp_path, subject):
   """Eight held-out rows, all alike, the beginning of one sequence."""
   (tmp_path / 'model').write_bytes(b'')
