@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.store.files import ShardFile
 from sae_jax.store.manifest import TOKENS, Manifest, local_root
-from sae_jax.store.reader import ShardFile, load_sequences
+from sae_jax.store.reader import load_sequences
 
 
 class HeldOut(NamedTuple):

@@ -23,7 +23,7 @@ from sae_jax.evaluate.contexts import top_contexts
 from sae_jax.evaluate.held_out import HeldOut, read_held_out, spread
 from sae_jax.evaluate.reconstruction import Reconstruction, reconstruction
 from sae_jax.evaluate.splice import Splice, splice_loss
-from sae_jax.lm.subject import Subject, load_subject
+from sae_jax.lm.subject import Subject, load_subject, weights_sha256
 from sae_jax.models.sae import SAE
 from sae_jax.store import reader
 from sae_jax.store.manifest import (
@@ -112,7 +112,7 @@ def open_run(run_dir: Path, store_path: str) -> Run:
   """The newest checkpoint of a run, and its store."""
   config = read_config(run_dir)
   root = store_path or config.store.path
-  manifest = read_manifest(root)
+  manifest = read_manifest(root, complete=False)  # held-out rows suffice
   width = manifest.site(config.store.site).width
   if width != config.sae.d_in:
     raise UserError(
@@ -139,17 +139,18 @@ def open_model(manifest: Manifest, path: str, needed: bool) -> Subject | None:
   None where it is not `needed` and its file is missing: the report then shows
   token ids.
   """
-  origin = manifest.config.get('model') or {'kind': '', 'path': ''}
+  origin = manifest.config.get('model') or {'path': ''}
   path = path or origin['path']
-  if not path or not Path(path).expanduser().is_file():
+  model = ConfigDict(origin | {'path': path})
+  if not path or weights_sha256(model) is None:
     if needed:
       raise UserError(
-        f'language model: no file {path!r}: give --model_path, or '
-        '--lm=false to do without the figures of its loss'
+        f'language model: no file {path!r}, no folder, no cached model of the '
+        'hub: give --model_path, or --lm=false for no figures of its loss'
       )
     log.warning('no file %r: the report shows token ids', path)
     return None
-  subject = load_subject(ConfigDict(origin | {'path': path}))
+  subject = load_subject(model)
   for name in ('weights_sha256', 'tokenizer_sha256'):
     found, expected = getattr(subject, name), manifest.model.get(name)
     if found != expected:
@@ -205,7 +206,7 @@ def record(
     'store': str(run.store),
     'site': config.store.site,
     'subject': manifest.model,
-    'text': manifest.text and manifest.text | {'name': _text_name(manifest)},
+    'text': manifest.text | {'name': _text_name(manifest)},
     'dictionary': {
       'activation': config.act.name,
       'width': config.sae.d_in,
@@ -228,8 +229,8 @@ def record(
 
 
 def _text_name(manifest: Manifest) -> str:
-  """What the file or folder of the texts is called."""
-  return Path(manifest.config['text']['path']).name
+  """What the file or folder of the texts is called; '' where there is none."""
+  return Path(manifest.config.get('text', {}).get('path', '')).name
 
 
 def frequency_bins(r: Reconstruction) -> tuple[np.ndarray, np.ndarray]:

@@ -188,11 +188,11 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     ('Trained on', f'{result["training_rows"]:,} rows (tokens)'),
   ]
   text = result['text']
-  if text:
+  if 'documents_read' in text:
     facts.append(
       (
         'Texts',
-        f'{text["name"]}: {text["documents_read"]:,} of {text["files"]:,} '
+        f'{text["name"]}: {text["documents_read"]:,} of {text["documents"]:,} '
         'documents',
       )
     )

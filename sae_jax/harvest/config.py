@@ -1,5 +1,6 @@
 """The harvest config: every key with its unit, and the checks of values."""
 
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,16 +9,24 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.store.plan import check_dtype, check_rows, check_sizes
 
+COMPUTE = ('float32', 'bfloat16')
+
 
 def base_config() -> Config:
   """All keys a harvest reads."""
   c = ConfigDict()
   c.model = ConfigDict()
-  c.model.kind = 'gguf'  # how lm/subject.py loads it
-  c.model.path = ''
+  c.model.kind = ''  # 'hf', 'hub', 'gguf'; '': what the path looks like
+  c.model.path = ''  # a folder, a .gguf file, or org/name
+  c.model.tokenizer = ''  # a folder or tokenizer.json; '': the model's own
 
   c.text = ConfigDict()
-  c.text.path = ''  # a .txt file, or a folder: every .txt is a document
+  c.text.path = ''  # a file, a folder, or org/name: docs/text.md
+  c.text.kind = ''  # 'txt', 'jsonl', 'parquet', 'datasets', 'hub'
+  c.text.column = 'text'
+  c.text.chat = False  # the column holds lists of messages
+  c.text.split = 'train'
+  c.text.name = ''  # configuration of a data set of the hub
 
   c.harvest = ConfigDict()
   c.harvest.sites = ('layer_9.resid_post',)  # all from one forward pass
@@ -26,14 +35,26 @@ def base_config() -> Config:
   c.harvest.batch_sequences = 16  # sequences in one forward pass
   c.harvest.compute_dtype = 'float32'  # or 'bfloat16': the model's arithmetic
   c.harvest.seed = 0  # order of the documents, and of the rows in a shard
+  c.harvest.skip_first = 1  # first positions of a sequence without rows
+  c.harvest.skip_special = True  # no rows for control tokens, BOS, EOS
+  c.harvest.skip_tokens = ()  # nor for these ids
 
   c.store = ConfigDict()
   c.store.path = ''  # folder to write
-  c.store.dtype = 'float32'  # or 'bfloat16': the rows on disk
+  c.store.dtype = 'float32'  # or 'bfloat16', 'int8': the rows on disk
   c.store.rows_per_shard = 2**20  # rows shuffled together
   c.store.rows_per_block = 256  # rows read in one piece
   c.store.held_out_shards = 1  # the first shards, never trained on
   c.store.norm_shards = 1  # training shards that give mean and scale
+  c.store.keep_bytes = 0  # bound of the store on disk, shards that all trainers
+  # have read are removed; 0 for none
+  c.store.trainers = 1  # with keep_bytes: runs that will read the store
+
+  c.mesh = ConfigDict()
+  c.mesh.data = 1  # devices that share the sequences of a batch
+  c.mesh.dict = 1  # devices that share the model
+
+  c.task = '0/1'  # this one of so many that write the store together
   return c
 
 
@@ -55,19 +76,36 @@ def check_config(config: Config) -> None:
       f'harvest.sequence_length: {h.sequence_length}; use 2 or more, the '
       'first position is not stored'
     )
-  if h.batch_sequences < 1:
+  if h.batch_sequences < 1 or h.batch_sequences % config.mesh.data:
     raise UserError(
-      f'harvest.batch_sequences: {h.batch_sequences}; use 1 or more'
+      f'harvest.batch_sequences: {h.batch_sequences}; use 1 or more, a '
+      f'multiple of mesh.data={config.mesh.data}'
     )
   if h.rows < 0:
     raise UserError(f'harvest.rows: {h.rows}; use 0 for all rows, or more')
   if not 0 <= h.seed < 2**63:
     raise UserError(f'harvest.seed: {h.seed}; use 0 to 2^63 - 1')
-  check_dtype('harvest.compute_dtype', h.compute_dtype)
+  check_dtype('harvest.compute_dtype', h.compute_dtype, COMPUTE)
   check_dtype('store.dtype', s.dtype)
   check_sizes(**sizes(config))
   if h.rows:
     check_rows(h.rows, **sizes(config))
+  if s.keep_bytes < 0:
+    raise UserError(f'store.keep_bytes: {s.keep_bytes}; use 0 for no bound')
+  if s.trainers < 1:
+    raise UserError(f'store.trainers: {s.trainers}; use 1 or more')
+  task_of(config)
+
+
+def task_of(config: Config) -> tuple[int, int]:
+  """(i, n) of config.task; UserError unless it is i/n with 0 <= i < n."""
+  found = re.fullmatch(r'(\d+)/(\d+)', str(config.task))
+  i, n = (int(v) for v in found.groups()) if found else (0, 0)
+  if not i < n:
+    raise UserError(
+      f'task: {config.task!r}; write i/n, the first of four is 0/4'
+    )
+  return i, n
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -82,8 +120,11 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-  """The config as the manifest keeps it: JSON, without the store's folder."""
+  """The config as the manifest keeps it: JSON, without what alters no row."""
   data = config.to_dict()
-  data['harvest']['sites'] = list(data['harvest']['sites'])
-  del data['store']['path']
+  for key in ('sites', 'skip_tokens'):
+    data['harvest'][key] = list(data['harvest'][key])
+  for key in ('path', 'keep_bytes', 'trainers'):
+    del data['store'][key]
+  del data['task']
   return data

@@ -1,71 +1,105 @@
 """The harvest: texts through the subject model into an activation store.
 
 Everything is tokenised and placed first; then batch after batch goes through
-the model, and a killed harvest goes on at the first missing shard.
+the model. Tasks, or processes of one job, write different shards of one store;
+whoever is killed goes on at its first missing shard.
 """
 
-import functools
-import hashlib
-import subprocess
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from absl import logging
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.harvest.config import check_config, recorded, sizes
-from sae_jax.harvest.text import Packed, Text, pack, scan
-from sae_jax.lm.model import check_sites, forward, site_width
-from sae_jax.lm.subject import Subject, load_subject
-from sae_jax.store.folder import another_harvest
+from sae_jax.harvest.config import check_config, task_of
+from sae_jax.harvest.documents import scan
+from sae_jax.harvest.files import Text
+from sae_jax.harvest.planning import Forward, begin, existing
+from sae_jax.harvest.positions import Filter
+from sae_jax.lm import model
+from sae_jax.lm.subject import Subject, load_subject, weights_sha256
+from sae_jax.parallel.mesh import DATA, DICT, make_mesh
+from sae_jax.parallel.mesh import P as Spec
+from sae_jax.store.budget import check_budget
+from sae_jax.store.finish import finalize, missing_shards
+from sae_jax.store.folder import disk_errors_are_users
 from sae_jax.store.manifest import (
   COMPLETE,
   DTYPES,
-  FILE,
   Manifest,
-  Site,
   local_root,
   read_manifest,
+  shard_bytes,
 )
-from sae_jax.store.plan import differing_keys, least_rows, plan, row_starts
-from sae_jax.store.writer import StoreWriter, missing_shards, open_writer
+from sae_jax.store.writer import StoreWriter, open_writer
 
 
-def harvest(config: Config, subject: Subject | None = None) -> Manifest:
-  """Makes the store at config.store.path, or what is missing of it.
+class Share(NamedTuple):
+  """Which shards are whose: shard s belongs to writer s % writers.
 
-  A complete store of the same config, text and model is left as it is.
+  mine: this process's number; together: the numbers of all processes that
+  compute one batch together, this one among them.
+  """
+
+  mine: int
+  together: range
+  writers: int
+
+  @property
+  def alone(self) -> bool:
+    return len(self.together) == 1
+
+  def shards(self, manifest: Manifest, writers: Collection[int]) -> list[int]:
+    every = range(len(manifest.shards))
+    return [s for s in every if s % self.writers in writers]
+
+
+def harvest(
+  config: Config,
+  subject: Subject | None = None,
+  keep: Filter | None = None,
+) -> Manifest | None:
+  """Makes the store at config.store.path, or what is missing of this task's
+  share of it; a complete store of the same harvest is left as it is.
 
   Args:
     config: as harvest/config.py; configs/harvest.py has examples.
     subject: the model, when it is loaded already.
+    keep: a filter of the user's own for the tokens that get a row, on top of
+      the config's (harvest/positions.py).
 
+  Returns the complete manifest, None while other tasks have shards to write.
   Raises UserError for anything the user can mend; before the first row is
   written nothing exists, after that the same call goes on.
   """
   check_config(config)
   root = local_root(config.store.path)
-  text = scan(config.text.path)
+  text = scan(config.text)
   if manifest := reusable(root, config, text, subject):
     logging.info('store: %s is complete, nothing to do', root)
     return manifest
-  subject = subject or load_subject(config.model)
-  check_sites(subject.cfg, config.harvest.sites)
-  packed = pack_text(config, text, subject)
-  manifest = make_plan(config, text, subject, packed)
-  with open_writer(root, manifest, packed.sequences, packed.keep) as writer:
-    announce(writer)
-    fill(writer, subject, packed, config)
-    return writer.finish()
+  share = share_of(config)
+  with _mesh(config, share):
+    subject = subject or load_subject(
+      config.model, jnp.dtype(config.harvest.compute_dtype)
+    )
+    model.check_sites(subject.cfg, config.harvest.sites)
+    run = make_forward(subject, config)
+    begin(root, config, text, subject, run, keep, share.alone)
+    del subject  # its weights are held by `run`
+    with disk_errors_are_users(root):
+      fill_share(root, config, run, share)
+      return finish(root)
 
 
 def reusable(
@@ -76,137 +110,114 @@ def reusable(
   Raises UserError when the folder holds another harvest's store. Sizes and
   checksums of the checksums are looked at, not every row.
   """
-  if not (root / FILE).exists():
+  old = existing(root, config, text, subject)
+  if old is None or old.state != COMPLETE or missing_shards(root, old):
     return None
-  old = read_manifest(root, complete=False)
-  keys = differing_keys(old.config, recorded(config))
-  if old.text.get('sha256') != text.sha256:
-    keys.append('text (sha256)')
-  if keys:
-    raise another_harvest(root, keys)
-  if old.state != COMPLETE or missing_shards(root, old):
-    return None
-  if subject is not None:
-    weights = subject.weights_sha256
-  elif Path(config.model.path).is_file():
-    with open(config.model.path, 'rb') as file:
-      weights = hashlib.file_digest(file, 'sha256').hexdigest()
-  else:
-    return None
-  return old if weights == old.model['weights_sha256'] else None
+  same = subject.weights_sha256 if subject else weights_sha256(config.model)
+  return old if same == old.model['weights_sha256'] else None
 
 
-def pack_text(config: Config, text: Text, subject: Subject) -> Packed:
-  """Tokens and their places; UserError when there are too few."""
-  packed = pack(
-    text,
-    subject.tokenizer,
-    length=config.harvest.sequence_length,
-    bos=subject.bos,
-    separator=subject.eos,
-    special=unstored(subject),
-    rows=config.harvest.rows,
-    seed=config.harvest.seed,
-  )
-  needed = config.harvest.rows or least_rows(**sizes(config))
-  if packed.rows < needed:
-    size = text.bytes * needed / max(packed.rows, 1)
-    key = 'harvest.rows' if config.harvest.rows else 'store.rows_per_shard'
+def share_of(config: Config) -> Share:
+  """This process's share: of config.task, or of all processes of all tasks.
+
+  A mesh that fits a process's own devices is made by each process for itself;
+  a larger one must take all devices of all processes.
+  """
+  (i, n), processes = task_of(config), jax.process_count()
+  first = i * processes
+  size = config.mesh.data * config.mesh.dict
+  if processes == 1 or size <= jax.local_device_count():
+    mine = first + jax.process_index()
+    return Share(mine, range(mine, mine + 1), n * processes)
+  if size != jax.device_count():
     raise UserError(
-      f'text.path: {text.bytes:,} bytes of text give {packed.rows:,} rows, '
-      f'{needed:,} are needed: about {size:,.0f} bytes of text, or a lower '
-      f'{key}'
+      f'mesh: {config.mesh.data} x {config.mesh.dict} devices are neither '
+      f'within the {jax.local_device_count()} of one process nor all '
+      f'{jax.device_count()} of {processes}: change mesh.data or mesh.dict'
     )
-  logging.info(
-    'text: %d of %d documents, %s sequences of %d tokens',
-    packed.documents,
-    len(text.files),
-    f'{len(packed.sequences):,}',
-    config.harvest.sequence_length,
-  )
-  return packed
+  together = range(first, first + processes)
+  return Share(first + jax.process_index(), together, n * processes)
 
 
-def unstored(subject: Subject) -> frozenset[int]:
-  """Tokens that never get a row: control tokens, BOS and EOS."""
-  return subject.special | {subject.bos, subject.eos}
+@contextlib.contextmanager
+def _mesh(config: Config, share: Share):
+  """The model's mesh; none for a single device."""
+  data, dict_ = config.mesh.data, config.mesh.dict
+  if data * dict_ == 1:
+    yield
+    return
+  devices = jax.local_devices() if share.alone else jax.devices()
+  with jax.set_mesh(make_mesh(data, dict_, devices)):
+    yield
 
 
-def make_plan(
-  config: Config, text: Text, subject: Subject, packed: Packed
-) -> Manifest:
-  """The manifest of the store to be made."""
-  return plan(
-    packed.sequences,
-    packed.keep,
-    [
-      Site(site, site_width(subject.cfg, site), config.store.dtype)
-      for site in config.harvest.sites
-    ],
-    rows=packed.rows,
-    seed=config.harvest.seed,
-    model={
-      'name': subject.name,
-      'weights_sha256': subject.weights_sha256,
-      'tokenizer_sha256': subject.tokenizer_sha256,
-    },
-    text={
-      'sha256': text.sha256,
-      'files': len(text.files),
-      'bytes': text.bytes,
-      'documents_read': packed.documents,
-    },
-    policy={
-      'first_token': subject.bos,
-      'token_after_document': subject.eos,
-      'padding_token': None,  # an incomplete last sequence is dropped
-      'positions_without_rows': [0],
-      'tokens_without_rows': sorted(unstored(subject)),
-    },
-    config=recorded(config),
-    made_by=made_by(),
-    **sizes(config),
-  )
+def make_forward(subject: Subject, config: Config) -> Forward:
+  """tokens [b, T] -> {site: rows [b * T, width], in the stored dtype}.
 
-
-def made_by() -> dict[str, str]:
-  """What computed the rows: another of these may change their last bits."""
-  revision = git_revision()
-  if revision == 'unknown':
-    logging.info('git revision unknown: no git, or not a checkout with commits')
-  return {
-    'git_revision': revision,
-    'jax': jax.__version__,
-    'device': jax.devices()[0].device_kind,
-    'tokenizers': tokenizers.__version__,
-  }
-
-
-def git_revision() -> str:
-  """Commit of this source tree, '-dirty' if changed; 'unknown' outside git."""
-  source = Path(__file__).resolve().parents[2]
-  if not (source / '.git').exists():
-    return 'unknown'  # an enclosing repository would not be ours
-  command = ['git', '-C', str(source), 'describe', '--always', '--dirty']
-  try:
-    result = subprocess.run(
-      [*command, '--abbrev=40', '--exclude=*'],
-      capture_output=True,
-      text=True,
-      check=True,
+  int8 rows come in float32, the store encodes them. On a mesh that spans
+  processes every process gets all rows.
+  """
+  sites = tuple(config.harvest.sites)
+  stored = jnp.float32 if config.store.dtype == 'int8' else config.store.dtype
+  mesh = jax.sharding.get_mesh()
+  cfg, params = subject.cfg, subject.params
+  if not mesh.empty:
+    specs = model.specs(cfg, mesh.shape[DICT])
+    params = jax.tree.map(
+      lambda w, spec: jax.device_put(w, jax.NamedSharding(mesh, spec)),
+      params,
+      specs,
     )
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
-  return result.stdout.strip()
+
+  @jax.jit
+  def run(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+    out = model.forward(
+      params,
+      cfg,
+      tokens,
+      sites=sites,
+      logits=False,
+      dtype=jnp.dtype(config.harvest.compute_dtype),
+    )
+    rows = {site: x.astype(stored) for site, x in out.activations.items()}
+    if not mesh.empty:  # one all-gather of what is stored, to every process
+      rows = {site: jax.reshard(x, Spec()) for site, x in rows.items()}
+    return {site: x.reshape(-1, x.shape[-1]) for site, x in rows.items()}
+
+  def place(tokens: np.ndarray) -> jax.Array:
+    if mesh.empty:
+      return jnp.asarray(tokens)
+    sharding = jax.NamedSharding(mesh, Spec(DATA, None))
+    return jax.make_array_from_callback(
+      tokens.shape, sharding, lambda index: tokens[index]
+    )
+
+  return lambda tokens: run(params, place(tokens))
+
+
+def fill_share(root: Path, config: Config, run: Forward, share: Share) -> None:
+  """Writes the missing shards of this process's share."""
+  m = read_manifest(root, complete=False)
+  check_budget(m, window=1, checkpoint_rows=0)
+  with open_writer(root, share.shards(m, [share.mine])) as writer:
+    # What all that compute together miss, seen before anyone writes.
+    missing = missing_shards(root, writer.manifest)
+    ours = set(share.shards(m, share.together)) & set(missing)
+    if not share.alone:
+      multihost_utils.sync_global_devices('all have seen what is missing')
+    announce(writer)
+    fill(writer, run, config.harvest.batch_sequences, ours)
 
 
 def announce(writer: StoreWriter) -> None:
   """Says before the first row what will be written, and where."""
   m = writer.manifest
-  done = len(m.shards) - len(writer.missing)
+  done = len(m.shards) - len(missing_shards(writer.root, m))
   logging.info(
-    'store: %s, %s rows in %d shards (%d held out), %d there already',
+    'store: %s, %s rows in %d shards (%d held out), %d there already, %d to '
+    'be written here',
     writer.root, f'{m.rows:,}', len(m.shards), m.held_out_shards, done,
+    len(writer.missing),
   )  # fmt: skip
   for site in m.sites:
     size = m.rows * site.width * DTYPES[site.dtype].itemsize
@@ -214,46 +225,27 @@ def announce(writer: StoreWriter) -> None:
       'site %s: %d numbers a row in %s, %s bytes',
       site.name, site.width, site.dtype, f'{size:,}',
     )  # fmt: skip
-
-
-def make_forward(
-  subject: Subject, config: Config
-) -> Callable[[np.ndarray], dict[str, jax.Array]]:
-  """tokens [b, T] -> {site: rows [b * T, width] in the stored dtype}."""
-  sites = tuple(config.harvest.sites)
-  stored = jnp.dtype(config.store.dtype)
-
-  @jax.jit
-  def run(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-    out = forward(
-      params,
-      subject.cfg,
-      tokens,
-      sites=sites,
-      logits=False,
-      dtype=jnp.dtype(config.harvest.compute_dtype),
-    )
-    return {
-      site: x.reshape(-1, x.shape[-1]).astype(stored)
-      for site, x in out.activations.items()
-    }
-
-  return functools.partial(run, subject.params)
+  total = sum(shard_bytes(m, s) for s in range(len(m.shards)))
+  bound = f', at most {m.keep_bytes:,} at a time' if m.keep_bytes else ''
+  logging.info('all rows with their tokens: %s bytes%s', f'{total:,}', bound)
 
 
 def fill(
-  writer: StoreWriter, subject: Subject, packed: Packed, config: Config
+  writer: StoreWriter, run: Forward, b: int, shards: Collection[int]
 ) -> None:
-  """Computes and writes the rows of the missing shards.
+  """Computes the rows of `shards` and writes those that are the writer's.
 
   Batch j is always sequences [j b, (j + 1) b), the last one padded with
   repetitions, so that a row's bits do not depend on where a run begins. The
   next batch is on the device while the last one is written.
   """
-  run, b = make_forward(subject, config), config.harvest.batch_sequences
-  starts = row_starts(packed.keep, packed.rows)
-  batches = batches_needed(writer, starts, b)
-  total = sum(writer.manifest.shards[shard].rows for shard in writer.missing)
+  starts = writer.sequences.starts
+  batches = batches_needed(writer.manifest, starts, b, shards)
+  if not batches:
+    return
+  total = sum(writer.manifest.shards[s].rows for s in writer.missing)
+  compute = lambda j: run(_batch(writer, j, b))
+  estimate(compute, batches, total)
   waited = wrote = 0.0
   began, pending = time.perf_counter(), None
   # Where there is no terminal a line now and then must do.
@@ -263,14 +255,15 @@ def fill(
     mininterval=interval,
   ) as bar:  # fmt: skip
     for j in [*batches, None]:
-      ahead = None if j is None else (j, run(_batch(packed.sequences, j, b)))
+      ahead = None if j is None else (j, compute(j))
       if pending:
         tick = time.perf_counter()
         i, computed = pending
         rows = jax.device_get(computed)
         waited -= tick - (tick := time.perf_counter())
         first, last = starts[i * b], starts[min((i + 1) * b, len(starts) - 1)]
-        kept = np.flatnonzero(packed.keep[i * b : (i + 1) * b])[: last - first]
+        keep = writer.sequences.keep(i * b, min((i + 1) * b, len(starts) - 1))
+        kept = np.flatnonzero(keep)[: last - first]
         picked = {site: values[kept] for site, values in rows.items()}
         bar.update(writer.write(int(first), picked))
         wrote += time.perf_counter() - tick
@@ -283,22 +276,57 @@ def fill(
   )  # fmt: skip
 
 
+def estimate(compute, batches: list[int], rows: int) -> None:
+  """Says how long the rows will take: the first batch, compiled, once more."""
+  jax.block_until_ready(compute(batches[0]))
+  began = time.perf_counter()
+  jax.block_until_ready(compute(batches[0]))
+  seconds = (time.perf_counter() - began) * len(batches)
+  logging.info(
+    'harvest: %s rows in %d batches, about %s at %.0f rows/s',
+    f'{rows:,}', len(batches), _duration(seconds), rows / seconds,
+  )  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+  hours, minutes = seconds / 3600, seconds / 60
+  if hours >= 2:
+    return f'{hours:.1f} hours'
+  return f'{minutes:.0f} minutes' if minutes >= 2 else f'{seconds:.0f} s'
+
+
 def batches_needed(
-  writer: StoreWriter, starts: np.ndarray, b: int
+  manifest: Manifest, starts: np.ndarray, b: int, shards: Collection[int]
 ) -> list[int]:
-  """Batches that hold a row of a missing shard, ascending."""
-  size = writer.manifest.rows_per_shard
-  count = len(starts) - 1
-  needed = []
-  for j in range(-(-count // b)):
-    first, last = starts[j * b], starts[min((j + 1) * b, count)]
-    shards = range(int(first) // size, -(-int(last) // size))
-    if any(shard in writer.missing for shard in shards):
-      needed.append(j)
-  return needed
+  """Batches that hold a row of one of the shards, ascending."""
+  size, count = manifest.rows_per_shard, len(starts) - 1
+  needed: list[int] = []
+  for shard in sorted(shards):
+    first = shard * size
+    last = first + manifest.shards[shard].rows
+    # Sequences that hold the shard's first and last row.
+    begin = int(np.searchsorted(starts, first, side='right')) - 1
+    end = int(np.searchsorted(starts, last, side='left'))
+    needed += range(begin // b, -(-min(end, count) // b))
+  return sorted(set(needed))
 
 
-def _batch(sequences: np.ndarray, j: int, b: int) -> np.ndarray:
+def _batch(writer: StoreWriter, j: int, b: int) -> np.ndarray:
   """Sequences [j b, (j + 1) b), the last one repeated to fill a batch."""
-  at = np.minimum(np.arange(j * b, (j + 1) * b), len(sequences) - 1)
-  return sequences[at]
+  last = len(writer.sequences.starts) - 1
+  tokens = writer.sequences.tokens(j * b, min((j + 1) * b, last))
+  return tokens[np.minimum(np.arange(b), len(tokens) - 1)]
+
+
+def finish(root: Path) -> Manifest | None:
+  """Completes the store if this was the last shard; None if it was not."""
+  manifest = read_manifest(root, complete=False)
+  if missing := missing_shards(root, manifest):
+    logging.info(
+      'store: this share is done; %d shards of other tasks are missing (%d is '
+      'the first)', len(missing), missing[0],
+    )  # fmt: skip
+    return None
+  manifest = finalize(root)
+  logging.info('store: %s is complete', root)
+  return manifest

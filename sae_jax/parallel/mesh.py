@@ -4,6 +4,9 @@ Rows lie on `data`, latents on `dict`, in JAX's explicit mode: a sharding is
 part of an array's type, and every collective is visible in the source.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -14,8 +17,10 @@ DATA = 'data'
 DICT = 'dict'
 
 
-def make_mesh(data: int, dict_: int) -> Mesh:
-  """A mesh [data, dict] of the first data * dict devices.
+def make_mesh(
+  data: int, dict_: int, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """A mesh [data, dict] of the first data * dict devices (of all there are).
 
   Raises UserError when a size is not positive or there are too few devices.
   """
@@ -23,7 +28,7 @@ def make_mesh(data: int, dict_: int) -> Mesh:
     raise UserError(
       f'config.mesh: data={data}, dict={dict_}: both must be at least 1'
     )
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   if data * dict_ > len(devices):
     raise UserError(
       f'config.mesh: {data} x {dict_} = {data * dict_} devices asked for, '

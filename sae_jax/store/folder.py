@@ -11,26 +11,43 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from absl import logging
+
 from sae_jax.errors import UserError
-from sae_jax.store.manifest import FILE, SEQUENCES, Manifest, read_manifest
+from sae_jax.store.manifest import (
+  FILE,
+  KEEP,
+  SEQUENCES,
+  Manifest,
+  read_manifest,
+  shard_bytes,
+)
 from sae_jax.store.plan import differences
 
 
-def check_folder(root: Path, manifest: Manifest) -> None:
-  """UserError when the folder holds another harvest's store, or no store."""
-  if (root / FILE).exists():
-    old = read_manifest(root, complete=False)
-    if keys := differences(old, manifest):
-      raise another_harvest(root, keys)
-  elif root.exists():
-    # A run killed before its manifest leaves sequences and temporary files.
-    names = {path.name for path in root.iterdir()} if root.is_dir() else {'.'}
-    other = {n for n in names if n != SEQUENCES and not n.endswith('.tmp')}
-    if other:
-      raise UserError(
-        f'store.path: {root} is not an empty folder and holds no store: give '
-        'another one'
-      )
+def check_folder(root: Path) -> None:
+  """UserError when the folder holds something that is not a store."""
+  if (root / FILE).exists() or not root.exists():
+    return
+  # A run killed before its manifest leaves sequences and temporary files.
+  names = {path.name for path in root.iterdir()} if root.is_dir() else {'.'}
+  ours = {SEQUENCES, KEEP}
+  if any(n not in ours and not n.endswith('.tmp') for n in names):
+    raise UserError(
+      f'store.path: {root} is not an empty folder and holds no store: give '
+      'another one'
+    )
+
+
+def check_same(root: Path, manifest: Manifest) -> Manifest | None:
+  """The manifest in the folder, if any; UserError if it is of another store
+  than `manifest` plans."""
+  if not (root / FILE).exists():
+    return None
+  old = read_manifest(root, complete=False)
+  if keys := differences(old, manifest):
+    raise another_harvest(root, keys)
+  return old
 
 
 def another_harvest(root: Path, keys: list[str]) -> UserError:
@@ -58,17 +75,42 @@ def disk_errors_are_users(root: Path) -> Iterator[None]:
     ) from error
 
 
-def lock(root: Path) -> int:
-  """An exclusive lock on the folder, held until the descriptor is closed."""
+@contextlib.contextmanager
+def locked(root: Path, why: str = '') -> Iterator[None]:
+  """Holds the folder alone: to plan a store, remove a shard, end a harvest.
+
+  Waits for whoever has it, and says `why` if that takes a while.
+  """
   descriptor = os.open(root, os.O_RDONLY)
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if why:
+        logging.info('store: %s: waiting for another task that %s', root, why)
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
     os.close(descriptor)
-    raise UserError(
-      f'store.path: another harvest is writing in {root}: wait for it'
-    ) from None
-  return descriptor
+
+
+def claim(path: Path) -> int:
+  """Makes or takes over a temporary file, alone, until its descriptor is
+  closed; UserError when another process has it."""
+  while True:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        return descriptor
+    except BlockingIOError:
+      os.close(descriptor)
+      raise UserError(
+        f'store.path: another harvest is writing {path.name} in '
+        f'{path.parents[1]}: wait for it, or give the tasks of one store '
+        'different numbers (--config.task=0/2, --config.task=1/2)'
+      ) from None
+    os.close(descriptor)  # renamed or deleted just now: try again
 
 
 def allocate(path: Path, size: int) -> None:
@@ -85,12 +127,13 @@ def allocate(path: Path, size: int) -> None:
 
 def check_space(root: Path, manifest: Manifest, missing: list[int]) -> None:
   """UserError when the shards to come do not fit on the disk."""
-  needed = sum(
-    file.bytes for s in missing for file in manifest.shards[s].files.values()
-  )
+  needed = sum(shard_bytes(manifest, s) for s in missing)
+  if manifest.keep_bytes:
+    needed = min(needed, manifest.keep_bytes)
   free = shutil.disk_usage(root).free
   if needed > free:
     raise UserError(
       f'store.path: {needed / 1e9:,.1f} GB to write, {free / 1e9:,.1f} GB free '
-      f'at {root}: make room, lower harvest.rows or give another folder'
+      f'at {root}: make room, lower harvest.rows, set store.keep_bytes or give '
+      'another folder'
     )

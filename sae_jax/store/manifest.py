@@ -1,7 +1,7 @@
 """The manifest: what an activation store holds, and where; see docs/store.md.
 
-Jobs meet only here. A store is readable when its manifest says `complete`,
-which is written last.
+Jobs meet only here. `complete` is written last; while it says `writing` the
+records of finished shards (records.py) say what can be read already.
 """
 
 import dataclasses
@@ -16,19 +16,21 @@ import numpy as np
 from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
 
-FORMAT, VERSION = 'sae_jax.store', 1
+FORMAT, VERSION = 'sae_jax.store', 2
 WRITING, COMPLETE = 'writing', 'complete'
 FILE = 'manifest.json'
 DTYPES: dict[str, np.dtype] = {
   'float32': np.dtype(np.float32),
   'bfloat16': np.dtype(ml_dtypes.bfloat16),
+  'int8': np.dtype(np.int8),  # with offsets and scales: quantise.py
 }
 INT32 = np.dtype(np.int32)
-TOKENS, SEQUENCES = 'tokens', 'sequences'
+TOKENS, SEQUENCES, KEEP = 'tokens', 'sequences', 'keep'
+DOCUMENTS = 'sequences/documents.bin'  # int64 [documents, 2]
 
 
 class Normalizer(NamedTuple):
-  """First and second moments of the first `norm_shards` training shards.
+  """First and second moments of rows.
 
   mean [width] float32; `mean_squared_norm_centred` is E|x - mean|^2 and
   `mean_squared_norm_raw` is E|x|^2, in the subject model's units.
@@ -43,15 +45,27 @@ class Normalizer(NamedTuple):
 class Site:
   """One place in the subject model: vectors of `width` numbers.
 
-  The statistics (in float64, of the rows as stored) are None while writing.
+  offset and scale [width] belong to int8 rows and are fixed before the first
+  row. The statistics (in float64, of the rows as stored) are None while
+  writing: of the normaliser shards, and of all rows of the store.
   """
 
   name: str
   width: int
   dtype: str
+  offset: list[float] | None = None
+  scale: list[float] | None = None
   mean: list[float] | None = None
   mean_squared_norm_centred: float | None = None
   mean_squared_norm_raw: float | None = None
+  all_mean: list[float] | None = None
+  all_mean_squared_norm_centred: float | None = None
+  all_mean_squared_norm_raw: float | None = None
+
+  @property
+  def read_dtype(self) -> np.dtype:
+    """The type rows have when read: int8 is decoded to float32."""
+    return DTYPES['float32' if self.dtype == 'int8' else self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +84,24 @@ class ShardEntry:
   """The rows, and the sequences whose first row lies here, of one shard.
 
   files: path below the root -> FileEntry, for every .bin of the shard.
+  removed: its rows have been read by every trainer and deleted since.
   """
 
   rows: int
   first_sequence: int
   sequences: int
   files: dict[str, FileEntry]
+  removed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """Everything known about a store. model, text, policy, config and made_by
-  are plain JSON objects that say where the rows come from."""
+  """Everything known about a store.
+
+  model, text, policy, config and made_by are plain JSON objects that say where
+  the rows come from. keep_bytes: what the store may take on the disk, 0 for no
+  bound; trainers: how many must have registered before a shard is removed.
+  """
 
   state: str
   sites: tuple[Site, ...]
@@ -99,6 +119,8 @@ class Manifest:
   policy: dict[str, Any]
   config: dict[str, Any]
   made_by: dict[str, Any]
+  keep_bytes: int = 0
+  trainers: int = 1
 
   def site(self, name: str) -> Site:
     """The site of that name; UserError naming those there are."""
@@ -112,6 +134,11 @@ class Manifest:
   def training_shards(self) -> range:
     """Indices of the shards that are not held out."""
     return range(self.held_out_shards, len(self.shards))
+
+  @property
+  def pinned_shards(self) -> int:
+    """Number of first shards that are never removed: held-out, normaliser."""
+    return min(self.held_out_shards + self.norm_shards, len(self.shards))
 
 
 def bin_path(part: str, shard: int, shards: int) -> str:
@@ -129,32 +156,82 @@ def site_part(site: str) -> str:
   return f'sites/{site}'
 
 
+def scale_part(site: str) -> str:
+  """The folder of an int8 site's row scales, below the root."""
+  return f'scales/{site}'
+
+
 def layout(manifest: Manifest, part: str) -> tuple[np.dtype, int]:
   """(dtype, numbers per row) of the .bin files of 'tokens', 'sites/x', ..."""
   if part == TOKENS:
     return INT32, 3
   if part == SEQUENCES:
     return INT32, manifest.sequence_length
-  site = manifest.site(part.removeprefix('sites/'))
+  if part == KEEP:
+    return np.dtype(np.uint8), -(-manifest.sequence_length // 8)
+  kind, _, name = part.partition('/')
+  if kind == 'scales':
+    return DTYPES['float32'], 1
+  site = manifest.site(name)
   return DTYPES[site.dtype], site.width
 
 
+def part_rows(manifest: Manifest, part: str, shard: int) -> int:
+  """Rows of the .bin file of one part of a shard."""
+  entry = manifest.shards[shard]
+  return entry.sequences if part in (SEQUENCES, KEEP) else entry.rows
+
+
+def planned_parts() -> list[str]:
+  """The kinds of files that are written before the first row."""
+  return [SEQUENCES, KEEP]
+
+
+def row_parts(manifest: Manifest) -> list[str]:
+  """The kinds of files that hold a shard's rows, and go when it is removed."""
+  scales = [scale_part(s.name) for s in manifest.sites if s.dtype == 'int8']
+  return [TOKENS, *(site_part(s.name) for s in manifest.sites), *scales]
+
+
 def parts(manifest: Manifest) -> list[str]:
-  """Every kind of file of a shard: sequences, tokens and one per site."""
-  return [SEQUENCES, TOKENS, *(site_part(s.name) for s in manifest.sites)]
+  """Every kind of file of a shard."""
+  return [*planned_parts(), *row_parts(manifest)]
+
+
+def shard_bytes(manifest: Manifest, shard: int) -> int:
+  """What the rows of a shard take on the disk, all sites and tokens."""
+  entry, count = manifest.shards[shard], len(manifest.shards)
+  return sum(
+    entry.files[bin_path(part, shard, count)].bytes
+    for part in row_parts(manifest)
+  )
 
 
 def store_fingerprint(manifest: Manifest, site: str) -> str:
-  """What tells one store from another: which rows of a site are where."""
-  files = [
-    (file, entry.checksum)
-    for shard in manifest.shards
-    for file, entry in sorted(shard.files.items())
-    if file.startswith(site_part(site) + '/')
-  ]
-  m = manifest
+  """What tells one store from another: which rows of a site are where.
+
+  Of all that is decided before the first row, so that it is the same while a
+  store grows and after shards were removed.
+  """
+  m, entry = manifest, manifest.site(site)
   cut = (m.rows_per_shard, m.rows_per_block, m.held_out_shards, m.norm_shards)
-  return hashlib.sha256(repr((cut, files)).encode()).hexdigest()
+  coded = (entry.width, entry.dtype, entry.offset, entry.scale)
+  origin = [m.model, m.text, m.policy, without_paths(m.config)]
+  sequences = [
+    shard.files[bin_path(SEQUENCES, i, len(m.shards))].checksum
+    for i, shard in enumerate(m.shards)
+  ]
+  said = [site, m.rows, m.seed, cut, coded, origin, sequences]
+  return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+  """A nested dict less its keys `path`, and less what other sites there are."""
+  return {
+    key: without_paths(value) if isinstance(value, dict) else value
+    for key, value in config.items()
+    if key not in ('path', 'sites')
+  }
 
 
 def local_root(root: str | Path) -> Path:
@@ -197,7 +274,8 @@ def read_manifest(root: str | Path, *, complete: bool = True) -> Manifest:
   if complete and manifest.state != COMPLETE:
     raise UserError(
       f'store.path: the store at {root} is not complete (state '
-      f'{manifest.state!r}): run the same harvest again, it goes on'
+      f'{manifest.state!r}): run the same harvest again, it goes on, or '
+      'launch/harvest.py --finalize if every shard is there'
     )
   return manifest
 
@@ -205,12 +283,14 @@ def read_manifest(root: str | Path, *, complete: bool = True) -> Manifest:
 def _from_json(data: Any, path: Path) -> Manifest:
   if not isinstance(data, dict) or data.get('format') != FORMAT:
     raise UserError(f'{path}: not the manifest of an activation store')
-  if data.get('version') != VERSION:
+  version = data.get('version')
+  if version != VERSION:
+    newer = isinstance(version, int) and version > VERSION
     raise UserError(
-      f'{path}: store version {data.get("version")}, this program reads '
-      f'version {VERSION}: harvest again, or use the version that wrote it'
+      f'{path}: store version {version}, this program reads version {VERSION}: '
+      + ('update sae_jax' if newer else 'harvest again into another folder')
     )
-  names = {field.name for field in dataclasses.fields(Manifest)}
+  names = [field.name for field in dataclasses.fields(Manifest)]
   try:
     values = {name: data[name] for name in names}
     values['sites'] = tuple(Site(**site) for site in data['sites'])
@@ -227,4 +307,5 @@ def _shard_from_json(data: dict[str, Any]) -> ShardEntry:
     first_sequence=data['first_sequence'],
     sequences=data['sequences'],
     files=files,
+    removed=data['removed'],
   )

@@ -6,7 +6,7 @@ Rows are numbered in the order of their sequences; shard s gets the rows
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import xxhash
 from sae_jax.errors import UserError
 from sae_jax.store.manifest import (
   DTYPES,
+  KEEP,
   SEQUENCES,
   WRITING,
   FileEntry,
@@ -23,6 +24,7 @@ from sae_jax.store.manifest import (
   Site,
   bin_path,
   layout,
+  part_rows,
   parts,
 )
 
@@ -43,14 +45,17 @@ def plan(
   policy: dict[str, Any],
   config: dict[str, Any],
   made_by: dict[str, Any],
+  keep_bytes: int = 0,
+  trainers: int = 1,
 ) -> Manifest:
   """The manifest, in state `writing`, of a store that is to be made.
 
   Args:
-    sequences: token ids [Q, T] int32.
-    keep: bool [Q, T], true where a token gets a row; at least `rows` are true,
-      and the last sequence has one of the first `rows`.
-    sites: without statistics.
+    sequences: token ids [Q, T] int32; may lie on the disk.
+    keep: which tokens get a row, as `pack_keep` packs it, uint8 [Q, T / 8];
+      at least `rows` bits are set, and the last sequence has one of the first
+      `rows`.
+    sites: without statistics; those of int8 rows with offset and scale.
     rows: rows to write; the other arguments are the manifest's fields.
 
   Raises UserError for sizes that do not fit together; see `check_sizes`.
@@ -89,27 +94,34 @@ def plan(
     policy=policy,
     config=config,
     made_by=made_by,
+    keep_bytes=keep_bytes,
+    trainers=trainers,
   )
-  return _with_files(manifest, sequences)
+  return _with_files(manifest, {SEQUENCES: sequences, KEEP: keep})
 
 
-def _with_files(manifest: Manifest, sequences: np.ndarray) -> Manifest:
-  """Adds the sizes of all files, and the checksums of the sequences'."""
+def _with_files(manifest: Manifest, planned: dict[str, np.ndarray]) -> Manifest:
+  """Adds the sizes of all files, and the checksums of the planned ones."""
   shards = []
   for s, entry in enumerate(manifest.shards):
     files = {}
     for part in parts(manifest):
       dtype, width = layout(manifest, part)
-      n = entry.sequences if part == SEQUENCES else entry.rows
+      size = part_rows(manifest, part, s) * width * dtype.itemsize
+      checksum = None
+      if part in planned:
+        mine = planned[part][sequence_range(entry)]
+        sums = block_checksums(mine, manifest.rows_per_block)
+        checksum = xxhash.xxh3_64_hexdigest(sums)
       name = bin_path(part, s, len(manifest.shards))
-      files[name] = FileEntry(n * width * dtype.itemsize)
-    name = bin_path(SEQUENCES, s, len(manifest.shards))
-    first = entry.first_sequence
-    mine = sequences[first : first + entry.sequences]
-    sums = block_checksums(mine, manifest.rows_per_block)
-    files[name] = FileEntry(mine.nbytes, xxhash.xxh3_64_hexdigest(sums))
+      files[name] = FileEntry(size, checksum)
     shards.append(dataclasses.replace(entry, files=files))
   return dataclasses.replace(manifest, shards=tuple(shards))
+
+
+def sequence_range(entry: ShardEntry) -> slice:
+  """The sequences whose first row lies in a shard."""
+  return slice(entry.first_sequence, entry.first_sequence + entry.sequences)
 
 
 def block_checksums(rows: np.ndarray, rows_per_block: int) -> bytes:
@@ -123,10 +135,26 @@ def block_checksums(rows: np.ndarray, rows_per_block: int) -> bytes:
   return np.array(sums, '<u8').tobytes()
 
 
+def pack_keep(keep: np.ndarray) -> np.ndarray:
+  """bool [n, T] as bits, uint8 [n, ceil(T / 8)], the lowest bit first."""
+  return np.packbits(keep, axis=1, bitorder='little')
+
+
+def unpack_keep(bits: np.ndarray, length: int) -> np.ndarray:
+  """bool [n, T] of what `pack_keep` made."""
+  return np.unpackbits(bits, axis=1, count=length, bitorder='little') > 0
+
+
 def row_starts(keep: np.ndarray, rows: int) -> np.ndarray:
-  """Number of the first row of every sequence, and the end: [Q + 1] int64."""
-  ends = np.cumsum(np.count_nonzero(keep, axis=1), dtype=np.int64)
-  return np.minimum(np.concatenate([[0], ends]), rows)
+  """Number of the first row of every sequence, and the end: [Q + 1] int64.
+
+  keep: packed, uint8 [Q, T / 8]; read in pieces, since it may lie on the disk.
+  """
+  ends, step = np.zeros(len(keep) + 1, np.int64), 1 << 16
+  for at in range(0, len(keep), step):
+    counts = np.bitwise_count(keep[at : at + step]).sum(1, dtype=np.int64)
+    ends[at + 1 : at + step + 1] = counts
+  return np.minimum(np.cumsum(ends), rows)
 
 
 def check_sizes(
@@ -180,13 +208,19 @@ def check_rows(
     )
 
 
-def check_dtype(key: str, dtype: str) -> None:
+def check_dtype(
+  key: str, dtype: str, dtypes: Collection[str] = tuple(DTYPES)
+) -> None:
   """UserError naming the nearest right name."""
-  if dtype not in DTYPES:
-    near = difflib.get_close_matches(dtype, DTYPES, 1, 0.0)[0]
+  if dtype not in dtypes:
+    near = difflib.get_close_matches(dtype, dtypes, 1, 0.0)[0]
     raise UserError(
-      f'{key}: {dtype!r}; did you mean {near!r}? ({", ".join(DTYPES)})'
+      f'{key}: {dtype!r}; did you mean {near!r}? ({", ".join(dtypes)})'
     )
+
+
+# Contents are compared by hash.
+_NOT_COMPARED = ('path',)
 
 
 def differences(old: Manifest, new: Manifest) -> list[str]:
@@ -205,13 +239,16 @@ def differences(old: Manifest, new: Manifest) -> list[str]:
 def differing_keys(
   old: dict[str, Any], new: dict[str, Any], prefix: str = ''
 ) -> list[str]:
-  """Dotted keys that differ between two nested dicts of JSON, less paths."""
+  """Dotted keys that differ between two nested dicts of JSON.
+
+  Less those that do not alter a row: where things lie.
+  """
   keys = []
   for key in sorted(old.keys() | new.keys()):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       keys += differing_keys(a, b, f'{prefix}{key}.')
-    elif a != b and key != 'path':
+    elif a != b and key not in _NOT_COMPARED:
       keys.append(prefix + key)
   return keys
 

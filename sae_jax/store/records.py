@@ -1,11 +1,13 @@
 """The record of a finished shard: what makes a killed harvest go on.
 
 <root>/records/shard-00000-of-00008.json is written after the files of its
-shard; a shard is finished if it has one and the sizes on disk agree.
+shard; a shard is finished if it has one and the sizes on disk agree, or if it
+was removed after all trainers had read it.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,24 +53,54 @@ def write_record(
 def read_record(root: Path, manifest: Manifest, shard: int) -> Record | None:
   """The record of a finished shard; None when the shard must be written.
 
-  Looks at sizes and at the checksums' own checksum, not at every row.
+  Looks at sizes and at the checksums' own checksum, not at every row. Of a
+  removed shard only the record is left.
   """
-  try:
-    data: dict[str, Any] = json.loads(
-      _path(root, manifest, shard).read_text(encoding='utf-8')
-    )
-  except (FileNotFoundError, ValueError):
+  data = _load(root, manifest, shard)
+  if data is None:
     return None
   files = {name: FileEntry(**entry) for name, entry in data['files'].items()}
   sizes = {k: v.bytes for k, v in files.items()}
-  planned = {k: v.bytes for k, v in manifest.shards[shard].files.items()}
-  if sizes != planned or not all(_sound(root, *it) for it in files.items()):
+  entry = manifest.shards[shard]
+  planned = {k: v.bytes for k, v in entry.files.items()}
+  if sizes != planned:
+    return None
+  if not entry.removed and not all(_sound(root, *it) for it in files.items()):
     return None
   moments = {
     site: Moments(m['rows'], np.array(m['mean']), np.array(m['m2']))
     for site, m in data['moments'].items()
   }
   return Record(files, moments)
+
+
+def _load(root: Path, manifest: Manifest, shard: int) -> dict[str, Any] | None:
+  try:
+    text = _path(root, manifest, shard).read_text(encoding='utf-8')
+    return json.loads(text)
+  except (FileNotFoundError, ValueError):
+    return None
+
+
+def finished_files(
+  root: Path, manifest: Manifest, shard: int
+) -> dict[str, FileEntry] | None:
+  """Sizes and checksums of a shard's files, None while it is being written.
+
+  From the manifest when it is complete, else from the shard's record; the
+  files themselves are not looked at.
+  """
+  if manifest.state == COMPLETE:
+    return manifest.shards[shard].files
+  data = _load(root, manifest, shard)
+  if data is None:
+    return None
+  return {name: FileEntry(**entry) for name, entry in data['files'].items()}
+
+
+def delete_record(root: Path, manifest: Manifest, shard: int) -> None:
+  """Says that the shard is not finished: the next harvest writes it again."""
+  _path(root, manifest, shard).unlink(missing_ok=True)
 
 
 def _sound(root: Path, name: str, entry: FileEntry) -> bool:
@@ -87,11 +119,11 @@ def merge_records(manifest: Manifest, records: list[Record]) -> Manifest:
     dataclasses.replace(entry, files=record.files)
     for entry, record in zip(manifest.shards, records, strict=True)
   )
-  first = manifest.held_out_shards
-  used = records[first : first + manifest.norm_shards]
   sites = tuple(
     _with_statistics(
-      site, merge_all(record.moments[site.name] for record in used)
+      site,
+      norm_moments(manifest, site.name, records.__getitem__),
+      merge_all(record.moments[site.name] for record in records),
     )
     for site in manifest.sites
   )
@@ -100,11 +132,29 @@ def merge_records(manifest: Manifest, records: list[Record]) -> Manifest:
   )
 
 
-def _with_statistics(site: Site, m: Moments) -> Site:
+def norm_moments(
+  manifest: Manifest, site: str, record: Callable[[int], Record]
+) -> Moments:
+  """Moments of the normaliser shards: the first `norm_shards` of training."""
+  first, last = manifest.held_out_shards, manifest.pinned_shards
+  return merge_all(record(s).moments[site] for s in range(first, last))
+
+
+def mean_squared_norms(m: Moments) -> tuple[float, float]:
+  """E|x - mean|^2 and E|x|^2."""
   centred = float(m.m2.sum() / m.n)
+  return centred, centred + float(np.square(m.mean).sum())
+
+
+def _with_statistics(site: Site, norm: Moments, every: Moments) -> Site:
+  centred, raw = mean_squared_norms(norm)
+  all_centred, all_raw = mean_squared_norms(every)
   return dataclasses.replace(
     site,
-    mean=m.mean.tolist(),
+    mean=norm.mean.tolist(),
     mean_squared_norm_centred=centred,
-    mean_squared_norm_raw=centred + float(np.square(m.mean).sum()),
+    mean_squared_norm_raw=raw,
+    all_mean=every.mean.tolist(),
+    all_mean_squared_norm_centred=all_centred,
+    all_mean_squared_norm_raw=all_raw,
   )

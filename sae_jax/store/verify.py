@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.store.files import ShardFile
 from sae_jax.store.manifest import local_root, parts, read_manifest
-from sae_jax.store.reader import ShardFile
 
 
 def problems(root: str | Path) -> Iterator[str]:

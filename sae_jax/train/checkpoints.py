@@ -82,13 +82,18 @@ def folder(run_dir: str | Path) -> Path:
   return Path(run_dir).absolute() / 'checkpoints'
 
 
+def kept_steps(run_dir: str | Path) -> list[int]:
+  """The steps of all complete checkpoints of a run, ascending."""
+  there = folder(run_dir).is_dir()
+  return sorted(ocp.utils.checkpoint_steps(folder(run_dir))) if there else []
+
+
 def find_step(run_dir: str | Path, step: int | None = None) -> int:
   """The newest complete checkpoint's step, or `step` when it was kept.
 
   Raises UserError naming those there are.
   """
-  there = folder(run_dir).is_dir()
-  steps = sorted(ocp.utils.checkpoint_steps(folder(run_dir))) if there else []
+  steps = kept_steps(run_dir)
   if not steps:
     raise UserError(
       f'no checkpoint in {folder(run_dir)}: is {run_dir} the --workdir of a '
@@ -104,6 +109,16 @@ def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
   """A checkpoint's record: position, config, versions."""
   path = folder(run_dir) / str(step) / 'meta' / 'metadata'
   return json.loads(path.read_text())
+
+
+def oldest_position(run_dir: str | Path) -> int:
+  """Data position of the oldest checkpoint that is kept, 0 without any."""
+  for step in kept_steps(run_dir):
+    try:
+      return read_meta(run_dir, step)['position']
+    except FileNotFoundError:  # just being deleted
+      continue
+  return 0
 
 
 def restore_part(run_dir: str | Path, step: int, abstract: Any) -> Any:

@@ -23,7 +23,9 @@ from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DATA, make_mesh
 from sae_jax.parallel.mesh import P as Spec
 from sae_jax.store import reader
+from sae_jax.store.batches import BatchSource, train_batches
 from sae_jax.store.manifest import store_fingerprint
+from sae_jax.train import growing
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.config import validate
 from sae_jax.train.progress import Progress
@@ -43,6 +45,7 @@ def train(config: Config, run_dir: str) -> State:
   folder, c = run_folder(run_dir), config.train
   check_run(folder, config)
   source = open_source(config)
+  growing.check(config, source)
   mesh = make_mesh(config.mesh.data, config.mesh.dict)
   last = steps_of(c.rows, c.batch_rows)
   every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
@@ -52,6 +55,7 @@ def train(config: Config, run_dir: str) -> State:
   with (
     jax.set_mesh(mesh),
     lock(folder),
+    growing.claimed(source, folder) as claim,
     _stop_signals() as stop_asked,  # in force until the last save is written
     Checkpoints(folder, c.keep, every(c.keep_rows)) as checkpoints,
   ):
@@ -65,12 +69,15 @@ def train(config: Config, run_dir: str) -> State:
       )
     write_config(folder, config)
     step_fn, progress = make_step(config), Progress(config, folder, start)
-    batches = reader.train_batches(source, position_rows=position)
+    batches = train_batches(source, position_rows=position)
     pending = None
     try:
       for step in range(start, last + 1):
         over = step == last or stop_asked()
-        save = over or (step > start and step % every(c.save_rows) == 0)
+        # Ahead of the harvest: a save lets it remove what was read.
+        ahead = not over and source.missing(step) is not None
+        due = step > start and step % every(c.save_rows) == 0
+        save = over or due or (ahead and step > start)
         if pending and save:  # nothing that is not finite is ever saved
           progress.read(*pending)
           pending = None
@@ -83,6 +90,10 @@ def train(config: Config, run_dir: str) -> State:
             state,
             dict(position=position, config=config.to_dict(), store=fingerprint),
           )
+          claim.tell()
+        if ahead:
+          growing.await_batch(source, step, claim, stop_asked)
+          over = source.missing(step) is not None  # asked to stop: all is saved
         if over:
           break
         x = next_batch(batches, progress)
@@ -93,18 +104,20 @@ def train(config: Config, run_dir: str) -> State:
         pending = (step + 1, metrics)
     finally:
       progress.close()
+      source.close()
       batches.close()
   if step < last:
     logging.info('stopped: saved at step %d of %d in %s', step, last, folder)
     sys.exit(128 + stop_asked())
+  claim.done()
   logging.info('trained on %d rows: %s', last * c.batch_rows, folder)
   return state
 
 
-def open_source(config: Config) -> reader.BatchSource:
+def open_source(config: Config) -> BatchSource:
   """The store's batches; UserError unless store and config fit together."""
   c = config.store
-  source = reader.BatchSource(
+  source = BatchSource(
     c.path, c.site, config.train.batch_rows, seed=config.seed, window=c.window
   )
   if source.site.width != config.sae.d_in:
@@ -113,12 +126,14 @@ def open_source(config: Config) -> reader.BatchSource:
       f'{c.path} is {source.site.width} wide: set '
       f'--config.sae.d_in={source.site.width}'
     )
+  # Of a store that is still being written at least these must be there.
+  reader.await_shards(source.root, range(source.manifest.pinned_shards))
   return source
 
 
 def restore_or_init(
   config: Config,
-  source: reader.BatchSource,
+  source: BatchSource,
   checkpoints: Checkpoints,
   fingerprint: str,
 ) -> tuple[State, int]:
@@ -133,7 +148,7 @@ def restore_or_init(
       )
     logging.info('going on from step %d (%d rows)', step, meta['position'])
     return state, meta['position']
-  mean, centred, raw = reader.normalizer(source.manifest, source.site.name)
+  mean, centred, raw = reader.normalizer(source.root, source.site.name)
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
   norm = Norm(jnp.asarray(mean, jnp.float32), jnp.float32(math.sqrt(centred)))

@@ -11,8 +11,9 @@ from sae_jax.lm import model
 from sae_jax.lm.config import LMConfig
 from sae_jax.models.activations import jump_relu
 from sae_jax.models.sae import SAE, identity_norm
+from sae_jax.store.create import create, new_folder
 from sae_jax.store.manifest import Site
-from sae_jax.store.plan import plan
+from sae_jax.store.plan import pack_keep, plan
 from sae_jax.store.writer import open_writer
 
 SITE = 'layer_0.resid_post'
@@ -97,7 +98,7 @@ def origin(subject, model_path):
       'weights_sha256': subject.weights_sha256,
       'tokenizer_sha256': subject.tokenizer_sha256,
     },
-    'text': {'sha256': '', 'files': 4, 'bytes': 1000, 'documents_read': 3},
+    'text': {'sha256': '', 'documents': 4, 'documents_read': 3},
     'policy': {'padding_token': None},
     'config': {
       'model': {'kind': 'gguf', 'path': str(model_path)},
@@ -113,11 +114,13 @@ def write_store(
   width, dtype = rows.shape[1], rows.dtype.name
   empty = {'model': {}, 'text': {}, 'policy': {}, 'config': {}, 'made_by': {}}
   manifest = plan(
-    tokens, keep, [Site(site, width, dtype)], rows=len(rows),
+    tokens, pack_keep(keep), [Site(site, width, dtype)], rows=len(rows),
     rows_per_shard=shard, rows_per_block=block, held_out_shards=1,
     norm_shards=1, seed=0, **(empty | fields),
   )  # fmt: skip
-  with open_writer(root, manifest, tokens, keep) as writer:
+  with new_folder(root) as folder:
+    create(folder, manifest, tokens, pack_keep(keep))
+  with open_writer(folder) as writer:
     writer.write(0, {site: rows})
     return writer.finish()
 

@@ -14,8 +14,8 @@ from sae_jax.evaluate import job
 from sae_jax.evaluate.held_out import read_held_out
 from sae_jax.evaluate.splice import splice_loss
 from sae_jax.store import reader
+from sae_jax.store.create import write_arrays
 from sae_jax.store.manifest import read_manifest
-from sae_jax.store.writer import write_arrays
 
 ALL = {'fvu', 'l0', 'dead_share', 'delta_loss', 'delta_loss_se', 'ce_zero',
        'loss_recovered', 'ce_clean', 'ce_splice', 'mse', 'cosine'}  # fmt: skip

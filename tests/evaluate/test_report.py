@@ -38,7 +38,7 @@ def result(**changes):
     'store': '/stores/a&b',
     'site': 'layer_9.resid_post',
     'subject': {'name': 'model "<b>'},
-    'text': {'name': 'texts', 'files': 4, 'bytes': 10**6, 'documents_read': 3},
+    'text': {'name': 'texts', 'documents': 4, 'documents_read': 3},
     'dictionary': {'activation': 'topk', 'width': 16, 'latents': 48},
     'rows': 160,
     'sequences': 20,

@@ -127,7 +127,7 @@ def test_all_rows(text, tmp_path):
 
 
 def test_a_complete_store_is_reused_without_the_model(store, text, monkeypatch):
-  monkeypatch.setattr(job, 'forward', None)
+  monkeypatch.setattr(job, 'make_forward', None)
   before = {p: p.stat().st_mtime_ns for p in store.rglob('*')}
   config = tiny_config(text, store)
   assert harvest(config, SUBJECT) == read_manifest(store)

@@ -34,7 +34,7 @@ def test_bad_input(tmp_path):
     ([*base], f'{text}/a.txt: not UTF-8 at byte 9'),
     ([*base, '--config.harvest.row=5'], 'rows'),
     ([*base, '--config.harvest.rows=many'], 'many'),
-    ([*base, '--config.store.dtype=int8'], 'did you mean'),
+    ([*base, '--config.store.dtype=int7'], 'did you mean'),
     ([*base, '--config.harvest.rows=5'], 'need at least'),
     (['--config=configs/harvest.py:huge'], 'use smollm2 or tiny'),
     ([], '--config'),

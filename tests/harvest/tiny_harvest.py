@@ -1,7 +1,8 @@
 """A harvest of seconds: a random model, a tokenizer of words, a small text.
 
-As a program: `python tiny_harvest.py TEXT DIE STORE...` harvests into each
-store; DIE is 'never', or 'rename:N' / 'write:N' to kill -9 itself there.
+As a program: `python tiny_harvest.py TEXT DIE [KEY=VALUE...] STORE...` harvests
+into each store; DIE is 'never', or 'rename:N' / 'write:N' to kill -9 itself
+there; KEY=VALUE changes the config.
 """
 
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import tokenizers
 from ml_collections import ConfigDict
 
-from sae_jax.harvest import job
+from sae_jax.harvest import job, planning
 from sae_jax.harvest.config import base_config
 from sae_jax.lm.config import LMConfig
 from sae_jax.lm.model import init
@@ -57,6 +58,14 @@ def write_text(folder, documents=12, words=50) -> None:
     (folder / f'{i:03d}.txt').write_text(text)
 
 
+def text_config(path, **values) -> ConfigDict:
+  """A config's `text` block."""
+  defaults = {
+    'kind': '', 'column': 'text', 'chat': False, 'split': 'train', 'name': '',
+  }  # fmt: skip
+  return ConfigDict({'path': str(path)} | defaults | values)
+
+
 def tiny_config(text, store) -> ConfigDict:
   c = base_config()
   c.model.path = 'tiny'
@@ -93,10 +102,20 @@ def die_at(place: str) -> None:
   setattr(owner, name, counted)
 
 
-if __name__ == '__main__':
-  _, text_folder, death, *stores = sys.argv
+def main() -> None:
+  _, text_folder, death, *rest = sys.argv
   # The manifest keeps the revision; a commit may happen during the test.
-  job.git_revision = lambda: 'test'
+  planning.git_revision = lambda: 'test'
   die_at(death)
-  for folder in stores:
-    job.harvest(tiny_config(text_folder, folder), tiny_subject())
+  changes = dict(word.split('=') for word in rest if '=' in word)
+  for folder in rest[len(changes) :]:
+    config = tiny_config(text_folder, folder)
+    for key, value in changes.items():
+      group, name = key.rpartition('.')[::2]
+      block = config[group] if group else config
+      block[name] = type(block[name])(value)
+    job.harvest(config, tiny_subject())
+
+
+if __name__ == '__main__':
+  main()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from sae_jax.store.create import write_arrays
 from sae_jax.store.verify import problems
-from sae_jax.store.writer import write_arrays
 
 pytestmark = pytest.mark.smoke
 

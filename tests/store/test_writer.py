@@ -12,10 +12,12 @@ import xxhash
 
 from sae_jax.errors import UserError
 from sae_jax.store import folder, writer
+from sae_jax.store.create import create, new_folder, write_arrays
+from sae_jax.store.finish import finalize
 from sae_jax.store.manifest import Site, blocks_path, read_manifest
 from sae_jax.store.order import shard_order
-from sae_jax.store.plan import plan
-from sae_jax.store.writer import open_writer, write_arrays
+from sae_jax.store.plan import pack_keep, plan
+from sae_jax.store.writer import open_writer
 
 pytestmark = pytest.mark.smoke
 ROWS, WIDTH = 150, 6  # shards of 64, 64 and 22 rows, blocks of 16
@@ -34,7 +36,7 @@ def world(rows=ROWS, seed=5, config=None, sites=('a', 'b')):
   values = {'a': x, 'b': (2 * x).astype(ml_dtypes.bfloat16)}
   dtypes = {'a': 'float32', 'b': 'bfloat16'}
   manifest = plan(
-    sequences, keep, [Site(s, WIDTH, dtypes[s]) for s in sites],
+    sequences, pack_keep(keep), [Site(s, WIDTH, dtypes[s]) for s in sites],
     rows=rows, rows_per_shard=64, rows_per_block=16, held_out_shards=1,
     norm_shards=2, seed=seed, model={'weights_sha256': 'm'},
     text={'sha256': 't'}, policy={}, config=config or {'store': {'n': 1}},
@@ -43,17 +45,26 @@ def world(rows=ROWS, seed=5, config=None, sites=('a', 'b')):
   return manifest, sequences, keep, {site: values[site] for site in sites}
 
 
-def write_all(root, chunk=13, stop=None, **kwargs):
-  """Writes the world in chunks; leaves after `stop` rows, if given."""
+def begin(root, **kwargs):
+  """The folder with the world's plan in it, and the world's rows."""
   manifest, sequences, keep, values = world(**kwargs)
-  with open_writer(root, manifest, sequences, keep) as w:
+  with new_folder(root) as path:
+    create(path, manifest, sequences, pack_keep(keep))
+  return path, values
+
+
+def write_all(root, chunk=13, stop=None, shards=None, **kwargs):
+  """Writes the world in chunks; leaves after `stop` rows, if given."""
+  root, values = begin(root, **kwargs)
+  with open_writer(root, shards) as w:
+    manifest = w.manifest
     while w.missing:
       first = w.next_row()
       if stop is not None and first >= stop:
         return None
       part = slice(first, min(first + chunk, manifest.rows))
       w.write(first, {site: v[part] for site, v in values.items()})
-    return w.finish()
+    return w.finish() if shards is None else None
 
 
 def contents(root):
@@ -99,9 +110,11 @@ def test_sequences_lie_with_the_shard_of_their_first_row(tmp_path):
 
 def test_checksums_cover_every_file(tmp_path):
   manifest = write_all(tmp_path)
-  row_bytes = {'sites/a': 24, 'sites/b': 12, 'tokens': 12, 'sequences': 32}
+  row_bytes = {
+    'sites/a': 24, 'sites/b': 12, 'tokens': 12, 'sequences': 32, 'keep': 1,
+  }  # fmt: skip
   for entry in manifest.shards:
-    assert len(entry.files) == 4
+    assert len(entry.files) == 5
     for name, file in entry.files.items():
       raw = (tmp_path / name).read_bytes()
       step = 16 * row_bytes[name.rpartition('/')[0]]
@@ -123,6 +136,13 @@ def test_statistics_are_numpys_over_the_training_shards(tmp_path):
     assert site.mean_squared_norm_centred == pytest.approx(centred, rel=1e-13)
     raw = np.square(x).sum(1).mean()
     assert site.mean_squared_norm_raw == pytest.approx(raw, rel=1e-13)
+    x = values[site.name].astype(np.float64)  # and of all shards
+    np.testing.assert_allclose(site.all_mean, x.mean(0), rtol=1e-14)
+    centred = np.square(x - x.mean(0)).sum(1).mean()
+    found = site.all_mean_squared_norm_centred
+    assert found == pytest.approx(centred, rel=1e-13)
+    raw = np.square(x).sum(1).mean()
+    assert site.all_mean_squared_norm_raw == pytest.approx(raw, rel=1e-13)
 
 
 def test_statistics_keep_a_small_spread_on_a_large_mean(tmp_path):
@@ -163,8 +183,8 @@ def test_a_damaged_shard_is_written_again(tmp_path, damage):
   else:
     path.with_suffix('.blocks').write_bytes(b'8' * 32)
   written = []
-  manifest, sequences, keep, values = world()
-  with open_writer(tmp_path, manifest, sequences, keep) as w:
+  root, values = begin(tmp_path)
+  with open_writer(root) as w:
     assert w.missing == [1] and w.next_row() == 64
     assert read_manifest(tmp_path, complete=False).state == 'writing'
     for first in range(60, 150, 10):  # from before the shard to after it
@@ -197,8 +217,8 @@ def test_another_harvest_is_refused_and_named(tmp_path):
   manifest, sequences, keep, _ = world()
   other = dataclasses.replace(manifest, model={'weights_sha256': 'other'})
   with pytest.raises(UserError, match=r'model \(weights_sha256\)'):
-    with open_writer(tmp_path, other, sequences, keep):
-      pass
+    with new_folder(tmp_path) as root:
+      create(root, other, sequences, pack_keep(keep))
   assert contents(tmp_path) == before
 
 
@@ -220,24 +240,39 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     write_all('gs://bucket/store')
 
 
-def test_a_second_writer_is_refused(tmp_path):
-  manifest, sequences, keep, _ = world()
-  with open_writer(tmp_path, manifest, sequences, keep):
+def test_a_second_writer_of_a_shard_is_refused(tmp_path):
+  root, values = begin(tmp_path)
+  rows = {site: v[:10] for site, v in values.items()}
+  with open_writer(root) as w:
+    w.write(0, rows)
     with pytest.raises(UserError, match='another harvest is writing'):
-      write_all(tmp_path)
+      with open_writer(root) as second:
+        second.write(0, rows)
   write_all(tmp_path)
 
 
+@pytest.mark.parametrize('tasks', [2, 3])
+def test_tasks_write_the_bytes_of_one(tmp_path, tasks):
+  write_all(tmp_path / 'one')
+  for i in reversed(range(tasks)):
+    write_all(tmp_path / 'many', shards=range(i, 3, tasks))
+    if i:
+      with pytest.raises(UserError, match='not written yet .the first is 0.'):
+        finalize(tmp_path / 'many')
+  finalize(tmp_path / 'many')
+  assert contents(tmp_path / 'many') == contents(tmp_path / 'one')
+
+
 def test_rows_out_of_order_are_a_mistake_of_the_program(tmp_path):
-  manifest, sequences, keep, values = world()
-  with open_writer(tmp_path, manifest, sequences, keep) as w:
+  root, values = begin(tmp_path)
+  with open_writer(root) as w:
     rows = {site: v[:10] for site, v in values.items()}
     w.write(0, rows)
     with pytest.raises(ValueError, match='row 0, expected 10'):
       w.write(0, rows)
     with pytest.raises(ValueError, match='beyond the last, 150'):
       w.write(145, rows)
-    with pytest.raises(ValueError, match='are not written'):
+    with pytest.raises(UserError, match='not written yet'):
       w.finish()
 
 
@@ -301,7 +336,8 @@ def test_dtype_names_the_nearest(tmp_path):
 @pytest.mark.parametrize(
   'change, message',
   [
-    (dict(version=2), 'store version 2'),
+    (dict(version=3), 'store version 3.*update sae_jax'),
+    (dict(version=1), 'store version 1.*harvest again'),
     (dict(format='tar'), 'not the manifest'),
     (dict(shards=[{}]), 'damaged manifest'),
     (dict(sites=None), 'damaged manifest'),

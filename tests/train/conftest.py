@@ -3,7 +3,7 @@
 import pytest
 from train_runs import SITE, planted_rows
 
-from sae_jax.store.writer import write_arrays
+from sae_jax.store.create import write_arrays
 
 
 @pytest.fixture(scope='session')

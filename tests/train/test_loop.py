@@ -22,7 +22,7 @@ from train_runs import (
 import sae_jax
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store import reader
-from sae_jax.store.writer import write_arrays
+from sae_jax.store.create import write_arrays
 from sae_jax.train import checkpoints, state
 from sae_jax.train import run as runs
 

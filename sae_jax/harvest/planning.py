@@ -1,0 +1,288 @@
+"""What a harvest decides before its first row, and what it finds decided.
+
+One process packs the text and writes the plan; the others of the same harvest
+wait for it and take it as it is.
+"""
+
+import contextlib
+import dataclasses
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import tokenizers
+from absl import logging
+from jax.experimental import multihost_utils
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.harvest.config import recorded, sizes
+from sae_jax.harvest.files import Text
+from sae_jax.harvest.packing import pack
+from sae_jax.harvest.positions import Filter, choose
+from sae_jax.lm.model import site_width
+from sae_jax.lm.subject import Subject
+from sae_jax.store import quantise
+from sae_jax.store.create import create, new_folder
+from sae_jax.store.folder import another_harvest
+from sae_jax.store.manifest import (
+  FILE,
+  Manifest,
+  Site,
+  read_manifest,
+  write_manifest,
+)
+from sae_jax.store.plan import differing_keys, least_rows, plan
+from sae_jax.store.sequences import Spool, spool
+from sae_jax.store.statistics import moments
+
+# Tokens run through the model to find the columns' offsets and scales of int8
+# rows: the standard deviation is then known to a percent.
+_SAMPLE = 16_384
+
+# tokens [b, T] -> {site: rows [b * T, width]}
+Forward = Callable[[np.ndarray], dict[str, jax.Array]]
+
+
+def begin(
+  root: Path,
+  config: Config,
+  text: Text,
+  subject: Subject,
+  run: Forward,
+  keep: Filter | None,
+  alone: bool,
+) -> Manifest:
+  """The plan of the store at `root`, made now or found there.
+
+  alone: whether this process acts alone; else all processes call this
+  together, and the first one writes.
+
+  Raises UserError when the folder holds another harvest's store, and for text
+  that gives too few rows.
+  """
+  lead = alone or jax.process_index() == 0
+  manifest = None
+  with new_folder(root) if lead else contextlib.nullcontext():
+    if lead:
+      manifest = existing(root, config, text, subject)
+    # All must know whether there is a sample to compute together.
+    if not agreed(np.bool_(manifest is not None), alone):
+      length = config.harvest.sequence_length
+      with spool(root, length) if lead else contextlib.nullcontext() as pieces:
+        manifest = make_plan(
+          root, config, text, subject, run, keep, pieces, alone
+        )
+  if not alone:
+    multihost_utils.sync_global_devices('the store is planned')
+  return manifest or read_manifest(root, complete=False)
+
+
+def agreed(value: np.ndarray | np.bool_, alone: bool) -> np.ndarray:
+  """The first process's value, on all processes that act together."""
+  if alone:
+    return np.asarray(value)
+  return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
+def existing(
+  root: Path, config: Config, text: Text, subject: Subject | None
+) -> Manifest | None:
+  """The manifest in the folder, with this harvest's budget.
+
+  Raises UserError when it is of another config, text or model.
+  """
+  if not (root / FILE).exists():
+    return None
+  old = read_manifest(root, complete=False)
+  keys = differing_keys(old.config, recorded(config))
+  if old.text.get('sha256') != text.sha256:
+    keys.append('text (sha256)')
+  if subject is not None:
+    model = identity(subject)
+    keys += [f'model ({key})' for key in differing_keys(old.model, model)]
+  if keys:
+    raise another_harvest(root, keys)
+  budget = dict(
+    keep_bytes=config.store.keep_bytes, trainers=config.store.trainers
+  )
+  new = dataclasses.replace(old, **budget)
+  if new != old:
+    write_manifest(root, new)
+  return new
+
+
+def make_plan(
+  root: Path,
+  config: Config,
+  text: Text,
+  subject: Subject,
+  run: Forward,
+  keep: Filter | None,
+  pieces: Spool | None,
+  alone: bool,
+) -> Manifest | None:
+  """Packs the text into the folder and writes the manifest of its rows.
+
+  Processes that act together share the sample; those that have no `pieces`
+  only compute it.
+  """
+  sample, policy, rows, documents = None, {}, 0, 0
+  if pieces:
+    filter_, policy = choose(
+      config.harvest,
+      bos=subject.bos,
+      eos=subject.eos,
+      special=subject.special,
+      vocab=subject.cfg.vocab,
+      extra=keep,
+    )
+    rows, documents = fill_spool(pieces, config, text, subject, filter_)
+    sequences, bits = pieces.arrays()
+    sample = sequences[: sample_sequences(config)]
+  sites = [
+    Site(site, site_width(subject.cfg, site), config.store.dtype)
+    for site in config.harvest.sites
+  ]
+  if config.store.dtype == 'int8':
+    sites = with_columns(sites, config, run, sample, alone)
+  if not pieces:
+    return None
+  manifest = plan(
+    sequences,
+    bits,
+    sites,
+    rows=rows,
+    seed=config.harvest.seed,
+    model=identity(subject),
+    text={
+      'sha256': text.sha256,
+      'files': text.files,
+      'bytes': text.bytes,
+      'documents': text.documents,
+      'documents_read': documents,
+    },
+    policy=policy,
+    config=recorded(config),
+    made_by=made_by(),
+    keep_bytes=config.store.keep_bytes,
+    trainers=config.store.trainers,
+    **sizes(config),
+  )
+  return create(root, manifest, sequences, bits, pieces.documents())
+
+
+def fill_spool(
+  pieces: Spool, config: Config, text: Text, subject: Subject, keep: Filter
+) -> tuple[int, int]:
+  """Packs the text; (rows, documents). UserError when there are too few."""
+  piece, sequences = None, 0
+  for piece in pack(
+    text,
+    subject.tokenizer,
+    bos=subject.bos,
+    separator=subject.eos,
+    length=config.harvest.sequence_length,
+    rows=config.harvest.rows,
+    seed=config.harvest.seed,
+    keep=keep,
+    chat_template=subject.chat_template,
+  ):
+    pieces.add(piece.sequences, piece.keep, piece.documents)
+    sequences += len(piece.sequences)
+  rows = piece.rows_so_far if piece else 0
+  needed = config.harvest.rows or least_rows(**sizes(config))
+  if rows < needed:
+    size = text.bytes * needed / max(rows, 1)
+    key = 'harvest.rows' if config.harvest.rows else 'store.rows_per_shard'
+    raise UserError(
+      f'text.path: {text.bytes:,} bytes of text give {rows:,} rows, '
+      f'{needed:,} are needed: about {size:,.0f} bytes of text, or a lower '
+      f'{key}'
+    )
+  documents = piece.documents_so_far if piece else 0
+  logging.info(
+    'text: %s of %s documents, %s sequences of %d tokens',
+    f'{documents:,}', f'{text.documents:,}', f'{sequences:,}',
+    config.harvest.sequence_length,
+  )  # fmt: skip
+  return rows, documents
+
+
+def sample_sequences(config: Config) -> int:
+  """Sequences that int8 columns are measured on, in whole batches."""
+  b, T = config.harvest.batch_sequences, config.harvest.sequence_length
+  return -(-_SAMPLE // (b * T)) * b
+
+
+def with_columns(
+  sites: list[Site],
+  config: Config,
+  run: Forward,
+  sample: np.ndarray | None,
+  alone: bool,
+) -> list[Site]:
+  """The sites with the offset and scale of every column for int8 rows.
+
+  From the first sequences of the store without position 0, whose norm is up
+  to 100 times the others'.
+  """
+  count, b = sample_sequences(config), config.harvest.batch_sequences
+  T, skip = config.harvest.sequence_length, max(config.harvest.skip_first, 1)
+  tokens = np.zeros((count, T), np.int32)
+  if sample is not None:
+    tokens = np.resize(sample, (count, T))  # a short text is repeated
+  tokens = agreed(tokens, alone)
+  batches = [run(tokens[at : at + b]) for at in range(0, count, b)]
+  coded = []
+  for site in sites:
+    rows = [
+      np.asarray(out[site.name], np.float32).reshape(b, T, -1)[:, skip:]
+      for out in batches
+    ]
+    found = moments(np.concatenate(rows).reshape(-1, site.width))
+    offset, scale = quantise.columns(found)
+    coded.append(dataclasses.replace(site, offset=offset, scale=scale))
+  return coded
+
+
+def identity(subject: Subject) -> dict[str, str]:
+  """What the manifest says of the model."""
+  return {
+    'name': subject.name,
+    'weights_sha256': subject.weights_sha256,
+    'tokenizer_sha256': subject.tokenizer_sha256,
+  }
+
+
+def made_by() -> dict[str, str]:
+  """What computed the rows: another of these may change their last bits."""
+  revision = git_revision()
+  if revision == 'unknown':
+    logging.info('git revision unknown: no git, or not a checkout with commits')
+  return {
+    'git_revision': revision,
+    'jax': jax.__version__,
+    'device': jax.devices()[0].device_kind,
+    'tokenizers': tokenizers.__version__,
+  }
+
+
+def git_revision() -> str:
+  """Commit of this source tree, '-dirty' if changed; 'unknown' outside git."""
+  source = Path(__file__).resolve().parents[2]
+  if not (source / '.git').exists():
+    return 'unknown'  # an enclosing repository would not be ours
+  command = ['git', '-C', str(source), 'describe', '--always', '--dirty']
+  try:
+    result = subprocess.run(
+      [*command, '--abbrev=40', '--exclude=*'],
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+  return result.stdout.strip()
