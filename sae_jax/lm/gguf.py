@@ -1,57 +1,60 @@
 """Subject models from GGUF files (llama.cpp's format), dequantised.
 
-The file is memory-mapped and converted tensor by tensor, so that no more than
-one tensor exists twice.
+The file is memory-mapped; of a quantised tensor only the blocks that a slice
+needs are dequantised.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.errors import UserError
-from sae_jax.lm import model, tokens
+from sae_jax.lm import model, place, tokens
 from sae_jax.lm.config import LMConfig, RopeScaling
-from sae_jax.lm.subject import Subject, tokenizer_sha256
 
-ARCHITECTURES = ('llama',)
+GEMMAS = ('gemma', 'gemma2', 'gemma3')
+ARCHITECTURES = ('llama', 'qwen2', 'qwen3', *GEMMAS)  # Mistral's is llama
 
-# Our name of a matrix or vector of a layer -> GGUF's
+# Our name of a tensor of a layer -> GGUF's
 _LAYER = {
-  'attn_norm': 'attn_norm', 'w_q': 'attn_q', 'w_k': 'attn_k', 'w_v': 'attn_v',
-  'w_o': 'attn_output', 'mlp_norm': 'ffn_norm', 'w_gate': 'ffn_gate',
-  'w_up': 'ffn_up', 'w_down': 'ffn_down',
+  'attn_norm': 'attn_norm.weight', 'mlp_norm': 'ffn_norm.weight',
+  'w_q': 'attn_q.weight', 'b_q': 'attn_q.bias',
+  'w_k': 'attn_k.weight', 'b_k': 'attn_k.bias',
+  'w_v': 'attn_v.weight', 'b_v': 'attn_v.bias',
+  'w_o': 'attn_output.weight', 'b_o': 'attn_output.bias',
+  'q_norm': 'attn_q_norm.weight', 'k_norm': 'attn_k_norm.weight',
+  'w_gate': 'ffn_gate.weight', 'w_up': 'ffn_up.weight',
+  'w_down': 'ffn_down.weight', 'attn_post_norm': 'post_attention_norm.weight',
+  'mlp_post_norm': 'post_ffw_norm.weight',
+}  # fmt: skip
+_TOP = {
+  'embed': 'token_embd.weight', 'final_norm': 'output_norm.weight',
+  'unembed': 'output.weight',
 }  # fmt: skip
 
 
-def load(path: str, dtype: jax.typing.DTypeLike = jnp.float32) -> Subject:
-  """Reads a model of the llama architecture with its tokenizer.
+def opened(path: Path) -> place.Opened:
+  """A file's model, still to be read.
 
-  dtype is that of the matrices; norm gains stay float32. Raises UserError for
-  a file that is missing, damaged, no GGUF or of another architecture.
+  Raises UserError for a file that is missing, damaged, no GGUF or of an
+  architecture we do not know; its parts do for a tokenizer of an unknown kind
+  and for tensors that do not fit.
   """
-  file = Path(path).expanduser()
-  reader = _open(file)
+  reader = _open(path)
   meta = {name: field.contents() for name, field in reader.fields.items()}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
-  cfg = _config(meta, tensors, file)
-  tokenizer, special = tokens.from_gguf(meta, str(file))
-  with open(file, 'rb') as opened:
-    weights_sha256 = hashlib.file_digest(opened, 'sha256').hexdigest()
-  return Subject(
-    name=file.stem,
-    cfg=cfg,
-    params=_params(tensors, cfg, dtype, file),
-    tokenizer=tokenizer,
-    bos=_get(meta, 'tokenizer.ggml.bos_token_id', file),
-    eos=_get(meta, 'tokenizer.ggml.eos_token_id', file),
-    pad=meta.get('tokenizer.ggml.padding_token_id'),
-    special=special,
-    weights_sha256=weights_sha256,
-    tokenizer_sha256=tokenizer_sha256(tokenizer),
+  cfg = _config(meta, tensors, path)
+  ids = {
+    ours: meta.get(f'tokenizer.ggml.{theirs}_token_id')
+    for ours, theirs in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
+  }
+  return place.Opened(
+    cfg,
+    ids,
+    words=lambda: tokens.from_gguf(meta, str(path)),
+    params=lambda dtype: _params(meta, tensors, cfg, dtype, path),
   )
 
 
@@ -64,8 +67,8 @@ def _open(file: Path):
       'reading a GGUF file needs the package gguf: pip install gguf'
     ) from error
   try:
-    with open(file, 'rb') as opened:
-      magic = opened.read(4)
+    with open(file, 'rb') as raw:
+      magic = raw.read(4)
   except OSError as error:
     raise UserError(
       f'cannot read the model {file}: {error.strerror}'
@@ -80,102 +83,175 @@ def _open(file: Path):
     ) from error
 
 
-def _get(meta: dict[str, Any], name: str, file: Path) -> Any:
-  if name not in meta:
-    raise UserError(f'{file}: the metadata lacks {name}')
-  return meta[name]
-
-
 def _config(meta: dict[str, Any], tensors: dict[str, Any], file: Path):
-  """The LMConfig that the metadata describes."""
+  """The LMConfig that the metadata describes.
+
+  What it leaves out of Gemma is as in llama.cpp: the windows' pattern, caps,
+  the scale of queries. Its gains have the one of 1 + w in them.
+  """
   arch = meta.get('general.architecture')
   if arch not in ARCHITECTURES:
     raise UserError(
       f'{file}: architecture {arch!r} is not supported; supported: '
       f'{", ".join(ARCHITECTURES)}'
     )
-  get = lambda name: _get(meta, f'{arch}.{name}', file)
-  heads, width = get('attention.head_count'), get('embedding_length')
-  stretch = meta.get(f'{arch}.rope.scaling.type', 'none')
-  if stretch not in ('none', 'linear'):
-    raise UserError(f'{file}: rotary scaling {stretch!r} is not supported')
+
+  def get(name: str, *default: Any) -> Any:
+    if f'{arch}.{name}' not in meta and not default:
+      raise UserError(f'{file}: the metadata lacks {arch}.{name}')
+    return meta.get(f'{arch}.{name}', *default)
+
   if 'token_embd.weight' not in tensors:
     raise UserError(f'{file} lacks the tensor token_embd.weight')
+  heads, width = get('attention.head_count'), get('embedding_length')
+  layers, gemma = get('block_count'), arch in GEMMAS
+  late_gemma = arch in ('gemma2', 'gemma3')
+  window = get('attention.sliding_window', 4096 if arch == 'gemma2' else None)
+  window = window or None  # 0 means none
+  local = _local_layers(arch, layers, get) if window else None
+  caps = (50.0, 30.0) if arch == 'gemma2' else (None, None)
+  scale = get('attention.scale', None)
+  if scale is None and (arch, layers) in (('gemma2', 46), ('gemma3', 62)):
+    scale = (width // heads) ** -0.5  # the 27B models, which no key tells
+  head_dim = get('attention.key_length', width // heads)
   return LMConfig(
     vocab=int(tensors['token_embd.weight'].shape[1]),
     d_model=width,
-    layers=get('block_count'),
+    layers=layers,
     heads=heads,
-    kv_heads=meta.get(f'{arch}.attention.head_count_kv', heads),
-    head_dim=meta.get(f'{arch}.attention.key_length', width // heads),
+    kv_heads=get('attention.head_count_kv', heads),
+    head_dim=head_dim,
     d_mlp=get('feed_forward_length'),
     norm_eps=get('attention.layer_norm_rms_epsilon'),
-    rope_base=meta.get(f'{arch}.rope.freq_base', 10_000.0),
-    rope_scaling=RopeScaling('linear', get('rope.scaling.factor'))
-    if stretch == 'linear'
+    post_norms=late_gemma,
+    qk_norm=arch in ('qwen3', 'gemma3'),
+    qkv_bias='blk.0.attn_q.bias' in tensors,
+    out_bias='blk.0.attn_output.bias' in tensors,
+    query_scale=scale,
+    attn_softcap=get('attn_logit_softcapping', caps[0]),
+    sliding_window=window,
+    local_layers=local,
+    rope_base=get('rope.freq_base', 1e6 if arch == 'gemma3' else 10_000.0),
+    rope_scaling=_rope_scaling(get, tensors, head_dim, file),
+    rope_local_base=get('rope.freq_base_swa', 10_000.0)
+    if arch == 'gemma3' and window
     else None,
+    mlp='gelu_tanh' if gemma else 'silu',
+    embed_scale=width**0.5 if gemma else None,
     tied='output.weight' not in tensors,
+    final_softcap=get('final_logit_softcapping', caps[1]),
   )
 
 
-def _params(tensors: dict[str, Any], cfg: LMConfig, dtype, file: Path):
-  """Every tensor of the file as one of ours; none may be left over."""
-  left = dict(tensors)
+def _local_layers(arch: str, layers: int, get) -> tuple[bool, ...] | None:
+  """Which layers have the window: all but each n-th, or a list."""
+  usual = {'gemma2': 2, 'gemma3': 6}.get(arch)
+  pattern = get('attention.sliding_window_pattern', usual)
+  if pattern is None or isinstance(pattern, list):
+    return pattern and tuple(bool(x) for x in pattern)
+  return tuple((i + 1) % pattern > 0 for i in range(layers))
 
-  def take(name: str, shape: tuple[int, ...], heads: int = 0) -> jax.Array:
-    if f'{name}.weight' not in left:
-      raise UserError(f'{file} lacks the tensor {name}.weight')
-    w = _dequantise(left.pop(f'{name}.weight'), file)
-    w = _unpermute(w, heads) if heads else w
-    w = w if name == 'token_embd' else w.T
-    if w.shape != shape:
-      raise UserError(
-        f'{file}: tensor {name}.weight has shape {w.shape}, not {shape}'
-      )
-    return jnp.asarray(w, dtype if w.ndim > 1 else jnp.float32)
 
-  want = model.shapes(cfg)
-  heads = {'w_q': cfg.heads, 'w_k': cfg.kv_heads}
-  params = {
-    'embed': take('token_embd', want['embed']),
-    'layers': [
-      {
-        ours: take(f'blk.{i}.{theirs}', layer[ours], heads.get(ours, 0))
-        for ours, theirs in _LAYER.items()
-      }
-      for i, layer in enumerate(want['layers'])
-    ],
-    'final_norm': take('output_norm', want['final_norm']),
-  }
-  if not cfg.tied:
-    params['unembed'] = take('output', want['unembed'])
-  if left:
-    raise UserError(
-      f'{file} has tensors this model has no place for: '
-      f'{", ".join(sorted(left)[:3])}'
+def _rope_scaling(get, tensors, head_dim: int, file: Path):
+  kind = get('rope.scaling.type', 'none')
+  if kind not in ('none', 'linear'):
+    raise UserError(f'{file}: rotary scaling {kind!r} is not supported')
+  if kind == 'linear':
+    return RopeScaling('linear', get('rope.scaling.factor'))
+  if 'rope_freqs.weight' not in tensors:
+    return None
+  # Llama 3.1 and later: what each frequency is divided by. Two numbers of the
+  # formula are the same in all of them; check that it gives the file's.
+  stored = np.asarray(tensors['rope_freqs.weight'].data, np.float32)
+  scaling = RopeScaling('llama3', float(stored.max()), 1.0, 4.0, 8192)
+  base = get('rope.freq_base', 10_000.0)
+  frequency = base ** -(np.arange(0, head_dim, 2) / head_dim)
+  turns = scaling.original_length * frequency / (2 * np.pi)
+  keep = np.clip((turns - 1.0) / 3.0, 0, 1)
+  expected = 1 / (keep + (1 - keep) / scaling.factor)
+  if stored.shape != expected.shape or not np.allclose(
+    stored, expected, rtol=1e-3
+  ):
+    raise UserError(f"{file}: rope_freqs.weight is not Llama 3's scaling")
+  return scaling
+
+
+def _params(
+  meta: dict[str, Any],
+  tensors: dict[str, Any],
+  cfg: LMConfig,
+  dtype: jax.typing.DTypeLike,
+  file: Path,
+) -> model.Params:
+  """Every tensor of the file as one of ours, in its shards."""
+  heads = {}  # of tensors whose rows llama.cpp's converter reorders
+  if meta['general.architecture'] == 'llama':
+    heads = {'attn_q': cfg.heads, 'attn_k': cfg.kv_heads}
+  stored = {}
+  for name, tensor in tensors.items():
+    shape = tuple(int(x) for x in tensor.shape[::-1])
+    parts = heads.get(name.split('.')[2] if name.count('.') > 2 else '')
+    stored[name] = place.Stored(
+      shape, _reader(tensor, shape, _unpermuted(shape[0], parts), file)
     )
-  return params
+
+  def name(ours: str, layer: int) -> str:
+    return _TOP[ours] if layer < 0 else f'blk.{layer}.{_LAYER[ours]}'
+
+  harmless = lambda theirs: theirs == 'rope_freqs.weight'  # used above
+  return place.load(cfg, stored, name, dtype, str(file), harmless)
 
 
-def _dequantise(tensor: Any, file: Path) -> np.ndarray:
-  """One tensor as float32, [out, in] as the file's writer had it."""
+def _unpermuted(rows: int, heads: int | None) -> np.ndarray | None:
+  """Order of rows of q or k that makes rotary pairs (i, i + h/2).
+
+  In the file the two rows of a pair lie side by side, (0, h/2, 1, h/2+1, ..)
+  within a head. None: as they are.
+  """
+  if heads is None or rows % (2 * heads):
+    return None
+  pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+  return pairs.swapaxes(1, 2).reshape(rows)
+
+
+def _reader(tensor: Any, shape: tuple[int, ...], order, file: Path):
+  """Index -> that slice of a tensor in float32, [out, in] as in the file."""
+  import gguf
+
+  block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+
+  def read(index: place.Index) -> np.ndarray:
+    *rows, columns = index
+    data = tensor.data
+    if order is not None:
+      places = order[index[0]]
+      if len(shape) == 1:
+        return _dequantise(data, tensor, file)[places]
+      data = data[places]
+    elif rows:
+      data = data[rows[0]]
+    # Columns come in blocks of `block` numbers in `size` bytes
+    start, stop, _ = columns.indices(shape[-1])
+    first, last = start // block, -(-stop // block)
+    if data.dtype == np.uint8:
+      data = data[..., first * size : last * size]
+    else:
+      data = data[..., start:stop]
+      first = start // block
+    whole = _dequantise(data, tensor, file)
+    skip = start - first * block
+    return whole[..., skip : skip + stop - start]
+
+  return read
+
+
+def _dequantise(data: np.ndarray, tensor: Any, file: Path) -> np.ndarray:
   import gguf
 
   try:
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return gguf.quants.dequantize(data, tensor.tensor_type)
   except NotImplementedError as error:
     raise UserError(
       f'{file}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, '
       'which the gguf package cannot dequantise'
     ) from error
-
-
-def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of q or k from llama.cpp's order to the rotate-half order.
-
-  There the two rows of a rotary pair lie side by side, (0, h/2, 1, h/2+1, ..)
-  within a head; here the pairs are (i, i + h/2).
-  """
-  rows, width = w.shape
-  pairs = w.reshape(heads, rows // heads // 2, 2, width)
-  return pairs.swapaxes(1, 2).reshape(rows, width)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,14 @@ import ml_collections
 import tokenizers
 
 from sae_jax.errors import UserError
+from sae_jax.lm import gguf, hf, hub, tokens
 from sae_jax.lm.config import LMConfig
 from sae_jax.lm.model import Params
+from sae_jax.lm.tokens import tokenizer_sha256
 
-KINDS = ('gguf',)
+__all__ = ['Subject', 'load_subject', 'tokenizer_sha256', 'weights_sha256']
+
+KINDS = ('gguf', 'hf', 'hub')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,32 +30,111 @@ class Subject:
   cfg: LMConfig
   params: Params
   tokenizer: tokenizers.Tokenizer  # adds no special tokens by itself
-  bos: int
+  bos: int | None  # None: the model has none (Qwen)
   eos: int
   pad: int | None
   special: frozenset[int]  # control tokens, never harvested
-  weights_sha256: str  # of the weights' file
+  weights_sha256: str  # see the function
   tokenizer_sha256: str  # of tokenizer.to_str()
-
-
-def tokenizer_sha256(tokenizer: tokenizers.Tokenizer) -> str:
-  """Hex digest of the tokenizer's full JSON description."""
-  return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+  chat_template: str | None = None  # Jinja, as the model's makers wrote it
 
 
 def load_subject(
   model: ml_collections.ConfigDict,
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Subject:
-  """Loads what a config's `model` block names: `kind` and `path`.
+  """Loads what a config's `model` block names, onto the current mesh.
 
-  dtype is that of the weight matrices. Raises UserError for an unknown kind,
-  a missing or damaged file, an architecture we do not know.
+  model: `path`, a Hugging Face folder, a .gguf file or a name on the hub;
+  `kind`, which of them ('hf', 'gguf', 'hub'; '' finds out); `tokenizer`, a
+  folder or tokenizer.json in place of the model's own (''). dtype is that of
+  the weight matrices; gains and biases are float32. With a mesh set
+  (jax.set_mesh) every parameter is read straight into its shards.
+
+  Raises UserError for an unknown kind, for what is missing, damaged or does
+  not fit, an architecture we do not know, a hub that does not answer.
   """
-  if model.kind == 'gguf':
-    from sae_jax.lm import gguf  # here: its reader is an optional package
-
-    return gguf.load(str(model.path), dtype)
-  raise UserError(
-    f'model.kind {model.kind!r} is not known; known: {", ".join(KINDS)}'
+  kind, path = _locate(model)
+  opened = gguf.opened(path) if kind == 'gguf' else hf.opened(path)
+  other = str(model.get('tokenizer') or '')
+  words = _tokenizer(other, opened.ids) if other else opened.words()
+  words = tokens.fitted(words, opened.cfg.vocab, other or str(path))
+  if words.eos is None:
+    raise UserError(
+      f'{other or path}: the tokenizer names no token that ends a text (eos): '
+      'name one that does with model.tokenizer'
+    )
+  return Subject(
+    name=str(model.path) if kind == 'hub' else path.resolve().stem,
+    cfg=opened.cfg,
+    params=opened.params(dtype),
+    tokenizer=words.tokenizer,
+    bos=words.bos,
+    eos=words.eos,
+    pad=words.pad,
+    special=words.special,
+    weights_sha256=_sha256(kind, path),
+    tokenizer_sha256=tokenizer_sha256(words.tokenizer),
+    chat_template=words.chat_template,
   )
+
+
+def weights_sha256(model: ml_collections.ConfigDict) -> str | None:
+  """What Subject.weights_sha256 would be, without loading; None: not here.
+
+  A .gguf file's own sha256. Of a folder: sha256 of the lines `sha256sum`
+  prints for config.json and the weights' files, sorted by name. Every byte is
+  read, 8 files at a time. A model of the hub counts as here when it is cached.
+  """
+  try:
+    return _sha256(*_locate(model, cached_only=True))
+  except (UserError, OSError):
+    return None
+
+
+def _locate(
+  model: ml_collections.ConfigDict, cached_only: bool = False
+) -> tuple[str, Path]:
+  """The kind of a model and where its files are, fetched if need be."""
+  kind, given = str(model.get('kind') or ''), str(model.path)
+  path = Path(given).expanduser()
+  if not kind:
+    if path.is_dir():
+      kind = 'hf'
+    elif path.suffix == '.gguf':
+      kind = 'gguf'
+    elif re.fullmatch(r'[\w.-]+/[\w.-]+', given) and not path.exists():
+      kind = 'hub'
+    else:
+      raise UserError(
+        f'model.path: {given!r} is no folder, no .gguf file and no name on the '
+        'hub (org/name): check the path'
+      )
+  if kind not in KINDS:
+    raise UserError(
+      f'model.kind {kind!r} is not known; known: {", ".join(KINDS)}'
+    )
+  return kind, hub.fetch(given, cached_only) if kind == 'hub' else path
+
+
+def _tokenizer(given: str, ids: dict[str, int | None]) -> tokens.Words:
+  """Of a folder or a tokenizer.json; ids: what the model says of its own."""
+  path = Path(given).expanduser()
+  if path.is_dir():
+    return tokens.from_folder(path, 'check model.tokenizer')
+  return tokens.from_file(path, ids)
+
+
+def _sha256(kind: str, path: Path) -> str:
+  def digest(file: Path) -> str:
+    with open(file, 'rb') as opened:
+      return hashlib.file_digest(opened, 'sha256').hexdigest()
+
+  if kind == 'gguf':
+    return digest(path)
+  files = sorted([path / hf.CONFIG, *hf.weight_files(path)])
+  with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
+    lines = [f'{x}  {file.name}\n' for x, file in zip(
+      pool.map(digest, files), files, strict=True
+    )]  # fmt: skip
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()

@@ -4,9 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from sae_jax import paths
-from sae_jax.lm import gguf
+from sae_jax.lm.subject import load_subject
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,4 +26,4 @@ def demo():
 @pytest.fixture(scope='session')
 def subject(demo):
   """SmolLM2-135M-Instruct in float32."""
-  return gguf.load(str(demo[0]))
+  return load_subject(ConfigDict({'kind': 'gguf', 'path': str(demo[0])}))
