@@ -1,0 +1,441 @@
+"""Hugging Face folders: forms of config.json, shards, names, bad input."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+
+import huggingface_hub  # noqa: E402
+import safetensors.torch  # noqa: E402
+import tiny_hf as tiny  # noqa: E402
+import transformers  # noqa: E402
+from huggingface_hub import errors  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from sae_jax.errors import UserError  # noqa: E402
+from sae_jax.lm import hf as ours  # noqa: E402
+from sae_jax.lm import model  # noqa: E402
+from sae_jax.lm.config import RopeScaling  # noqa: E402
+from sae_jax.lm.subject import load_subject, weights_sha256  # noqa: E402
+from sae_jax.parallel.mesh import make_mesh  # noqa: E402
+
+
+def block(path, **more):
+  return ConfigDict({'kind': '', 'path': str(path), 'tokenizer': ''} | more)
+
+
+def load(path, dtype=jnp.float32, **more):
+  return load_subject(block(path, **more), dtype)
+
+
+def edit_json(path, **changes):
+  """Changes keys of a JSON file; None takes a key away."""
+  data = json.loads(path.read_text()) | changes
+  data = {key: value for key, value in data.items() if value is not None}
+  path.write_text(json.dumps(data))
+
+
+def edit_tensors(folder, change):
+  """Replaces the tensors of a folder by change(tensors)."""
+  file = folder / 'model.safetensors'
+  tensors = change(safetensors.torch.load_file(file))
+  safetensors.torch.save_file(tensors, file)
+
+
+@pytest.fixture
+def llama(tmp_path):
+  return tiny.save(tmp_path / 'tiny', tiny.model_of('llama'))
+
+
+def test_what_is_known_of_it(llama):
+  template = '{% for m in messages %}{{ m.content }}{% endfor %}'
+  (llama / 'chat_template.jinja').write_text(template)
+  subject = load(llama)
+  assert subject.name == 'tiny'
+  assert (subject.bos, subject.eos, subject.pad) == (1, 2, 0)
+  assert subject.special == {0, 1, 2}
+  assert subject.chat_template == template
+  assert subject.tokenizer.encode('w5 w9').ids == [5, 9]  # no BOS by itself
+  assert load(llama).tokenizer_sha256 == subject.tokenizer_sha256
+  (llama / 'chat_template.jinja').unlink()
+  assert load(llama).chat_template is None
+
+
+def test_old_recorded_configs_lack_keys(llama):
+  old = ConfigDict({'kind': 'hf', 'path': str(llama)})
+  assert load_subject(old).cfg == tiny.expected('llama')
+
+
+def test_a_model_without_bos(tmp_path):
+  words = tiny.tokenizer_of(bos_token=None)
+  assert load(tiny.save(tmp_path, tiny.model_of('qwen2'), words)).bos is None
+
+
+def config_of(tmp_path, **keys):
+  (tmp_path / 'config.json').write_text(json.dumps(keys))
+  return ours.opened(tmp_path).cfg
+
+
+def test_older_forms_of_config_json(tmp_path):
+  sizes = dict(
+    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=7,
+    num_attention_heads=6, num_key_value_heads=2,
+  )  # fmt: skip
+  scaling = dict(
+    rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+  )  # fmt: skip
+  cfg = config_of(
+    tmp_path, model_type='llama', rope_theta=5e5, rope_scaling=scaling, **sizes
+  )
+  assert (cfg.head_dim, cfg.rope_base, cfg.tied) == (4, 5e5, False)
+  assert cfg.rope_scaling == RopeScaling('llama3', 8.0, 1.0, 4.0, 8192)
+  scaling = {'type': 'linear', 'factor': 2.0}
+  cfg = config_of(tmp_path, model_type='llama', rope_scaling=scaling, **sizes)
+  assert cfg.rope_scaling == RopeScaling('linear', 2.0)
+  cfg = config_of(tmp_path, model_type='gemma2', sliding_window=9, **sizes)
+  assert cfg.local_layers == (True, False, True, False, True, False, True)
+  assert (cfg.attn_softcap, cfg.final_softcap) == (50.0, 30.0)
+  gemma3 = dict(
+    model_type='gemma3_text', rope_theta=1e6, rope_local_base_freq=1e4,
+    rope_scaling={'rope_type': 'linear', 'factor': 8.0}, sliding_window=9,
+    query_pre_attn_scalar=168,
+  )  # fmt: skip
+  cfg = config_of(tmp_path, **sizes, **gemma3)
+  assert cfg.local_layers == (True,) * 5 + (False, True)
+  assert (cfg.rope_base, cfg.rope_local_base) == (1e6, 1e4)
+  assert cfg.rope_scaling == RopeScaling('linear', 8.0)
+  assert cfg.query_scale == 168**-0.5
+  text = gemma3 | sizes | {'sliding_window_pattern': 2}
+  cfg = config_of(
+    tmp_path, model_type='gemma3', text_config=text, vision_config={}
+  )
+  assert cfg.local_layers == (True, False) * 3 + (True,)
+  cfg = config_of(
+    tmp_path, model_type='qwen2', use_sliding_window=True, sliding_window=9,
+    max_window_layers=5, **sizes,
+  )  # fmt: skip
+  assert cfg.local_layers == (False,) * 5 + (True, True)
+  cfg = config_of(tmp_path, model_type='qwen2', sliding_window=9, **sizes)
+  assert cfg.sliding_window is None
+
+
+@pytest.mark.parametrize('prefix', ['as saved', 'language_model.model.'])
+def test_text_part_of_gemma3_with_images(tmp_path, prefix):
+  text = tiny.SIZES | tiny.FAMILIES['gemma3'][1]
+  vision = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=28,
+    num_attention_heads=2, patch_size=14,
+  )  # fmt: skip
+  config = transformers.Gemma3Config(
+    text_config=text, vision_config=vision, mm_tokens_per_image=1
+  )
+  hf = tiny.randomised(transformers.Gemma3ForConditionalGeneration(config))
+  tiny.save(tmp_path, hf)
+  if prefix != 'as saved':  # as the hub's files are
+    edit_tensors(
+      tmp_path,
+      lambda tensors: {
+        prefix + name.split('language_model.')[-1].removeprefix('model.')
+        if 'language_model' in name
+        else name.removeprefix('model.'): x
+        for name, x in tensors.items()
+      },
+    )
+  subject = load(tmp_path)
+  assert subject.cfg == tiny.expected('gemma3')
+  tokens = np.arange(3, 23, dtype=np.int32)[None]
+  with torch.no_grad():
+    want = hf(torch.tensor(tokens).long()).logits
+  got = model.forward(subject.params, subject.cfg, tokens).logits
+  np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+SPLIT = dict(
+  vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=8,
+  num_key_value_heads=4, tie_word_embeddings=False, num_hidden_layers=2,
+)  # fmt: skip
+
+
+def test_each_device_reads_and_holds_its_quarter(tmp_path, monkeypatch):
+  hf = tiny.model_of('llama', **SPLIT)
+  tiny.save(tmp_path, hf, max_shard_size='6kB')
+  whole = load(tmp_path).params
+  assert len({x.device for x in jax.tree.leaves(whole)}) == 1
+  taken, plain = [], np.memmap.__getitem__
+
+  def getitem(self, index):
+    taken.append((self, plain(self, index)))
+    return taken[-1][1]
+
+  monkeypatch.setattr(np.memmap, '__getitem__', getitem)
+  with jax.set_mesh(make_mesh(2, 4)):
+    split = load(tmp_path).params
+  jax.tree.map(np.testing.assert_array_equal, split, whole)
+  leaves = jax.tree.leaves(split)
+  for x in leaves:
+    assert len(x.addressable_shards) == 8
+    if x.ndim == 2:
+      assert all(s.data.size * 4 == x.size for s in x.addressable_shards)
+  # Never a whole matrix, and each slice once though two devices hold it
+  assert all(file.ndim == 1 or file.size == 4 * x.size for file, x in taken)
+  assert sum(x.size for _, x in taken) == sum(x.size for x in leaves)
+
+
+PROCESS = """
+import sys, jax, numpy as np
+jax.config.update('jax_num_cpu_devices', 2)
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f'127.0.0.1:{port}', 2, rank)
+from ml_collections import ConfigDict
+from sae_jax.lm.subject import load_subject
+from sae_jax.parallel.mesh import make_mesh
+total, plain = [0], np.memmap.__getitem__
+def getitem(self, index):
+  out = plain(self, index)
+  total[0] += out.size if out.ndim == 2 else 0
+  return out
+np.memmap.__getitem__ = getitem
+with jax.set_mesh(make_mesh(1, 4)):
+  params = load_subject(ConfigDict({'path': folder})).params
+  norm = sum(jax.numpy.sum(x * x) for x in jax.tree.leaves(params))
+  matrices = [x for x in jax.tree.leaves(params) if x.ndim == 2]
+  half = 2 * total[0] == sum(x.size for x in matrices)
+print(rank, half, float(norm))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_half_each(tmp_path):
+  hf = tiny.model_of('llama', **SPLIT)
+  tiny.save(tmp_path, hf)
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = str(free.getsockname()[1])
+  command = [sys.executable, '-c', PROCESS]
+  started = [
+    subprocess.Popen(
+      [*command, rank, port, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    for rank in '01'
+  ]
+  lines = [
+    x.communicate(timeout=120)[0].splitlines()[-1].split() for x in started
+  ]
+  want = sum(float((x.detach().double() ** 2).sum()) for x in hf.parameters())
+  for rank, (found, half, norm) in enumerate(lines):
+    assert (found, half) == (str(rank), 'True')
+    assert float(norm) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize('stored', ['bfloat16', 'float16', 'float32'])
+def test_casts(tmp_path, stored):
+  hf = tiny.model_of('llama').to(getattr(torch, stored))
+  tiny.save(tmp_path, hf)
+  want = hf.model.layers[1].mlp.up_proj.weight.float().detach().numpy().T
+  gain = hf.model.layers[1].input_layernorm.weight.float().detach().numpy()
+  for dtype in (jnp.float32, jnp.bfloat16):
+    got = load(tmp_path, dtype).params['layers'][1]
+    assert got['w_up'].dtype == dtype
+    assert got['attn_norm'].dtype == jnp.float32
+    np.testing.assert_array_equal(got['w_up'], want.astype(dtype))
+    np.testing.assert_array_equal(got['attn_norm'], gain)
+  assert want.astype(ml_dtypes.bfloat16).dtype == got['w_up'].dtype
+
+
+def test_hash_of_the_weights(tmp_path, llama):
+  got = load(llama).weights_sha256
+  assert got == weights_sha256(block(llama))
+  lines = ''
+  for name in ('config.json', 'model.safetensors'):
+    digest = hashlib.sha256((llama / name).read_bytes()).hexdigest()
+    lines += f'{digest}  {name}\n'
+  assert got == hashlib.sha256(lines.encode()).hexdigest()
+  (llama / 'tokenizer_config.json').write_text('{}')  # not the weights
+  assert weights_sha256(block(llama)) == got
+  edit_tensors(llama, lambda t: t | {'model.norm.weight': t['model.norm.weight']
+                                     + 1})  # fmt: skip
+  assert weights_sha256(block(llama)) != got
+  assert weights_sha256(block(tmp_path / 'absent')) is None
+  assert weights_sha256(block(tmp_path / 'absent.gguf')) is None
+
+
+def without(name):
+  return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+UP = 'model.layers.1.mlp.up_proj.weight'
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (without(UP), f'lacks the tensor {UP}'),
+    (without('model.embed_tokens.weight'), 'lacks the tensor model.embed_tok'),
+    (
+      lambda t: t | {UP: t[UP][:, :-1].clone()},
+      r'up_proj.weight has shape \(23, 40\), not \(24, 40\)',
+    ),
+    (
+      lambda t: t | {f'x{i}.weight': torch.zeros(2) for i in range(5)},
+      'no place for: x0.weight, x1.weight, x2.weight$',
+    ),
+    (
+      lambda t: t | {UP: torch.zeros(40, 24, dtype=torch.int8)},
+      'up_proj.weight is stored as I8; known: F64.*before quantisation',
+    ),
+  ],
+)
+def test_tensors_that_do_not_fit(llama, change, message):
+  edit_tensors(llama, change)
+  refuses(llama, message)
+
+
+def refuses(folder, message, **more):
+  with pytest.raises(UserError, match=message) as error:
+    load(folder, **more)
+  assert '\n' not in str(error.value)
+
+
+def test_harmless_tensors(llama):
+  extra = {'model.layers.0.self_attn.rotary_emb.inv_freq': torch.zeros(4),
+           'lm_head.weight': torch.zeros(61, 24)}  # fmt: skip
+  edit_tensors(llama, lambda tensors: tensors | extra)
+  assert load(llama).cfg.tied
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'model_type': 'mamba'}, "'mamba' is not supported; supported: llama, mi"),
+    ({'model_type': None}, 'architecture None is not supported'),
+    ({'mlp_bias': True}, 'mlp_bias is set'),
+    ({'hidden_act': 'relu'}, "activation 'relu' is not supported"),
+    ({'quantization_config': {'quant_method': 'x'}}, 'quantization_config is'),
+    ({'hidden_size': 'x'}, r"config.json: .*'hidden_size' expected int"),
+    ({'hidden_size': 25}, 'config.json: .*not a multiple'),
+    (
+      {'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0,
+                           'rope_theta': 1e4}},
+      "rotary scaling 'yarn'; supported: linear, llama3",
+    ),
+  ],
+)  # fmt: skip
+def test_configs_we_do_not_understand(llama, changes, message):
+  edit_json(llama / 'config.json', **changes)
+  refuses(llama, message)
+
+
+def test_files_that_are_missing_or_cut_off(tmp_path, llama):
+  file = llama / 'model.safetensors'
+  raw = file.read_bytes()
+  for size in (0, 4, 30, len(raw) // 2, len(raw) - 1):
+    file.write_bytes(raw[:size])
+    refuses(llama, 'model.safetensors is cut off or damaged')
+  file.unlink()
+  refuses(llama, 'neither model.safetensors nor .*only safetensors are read')
+  (llama / 'config.json').write_text('{')
+  refuses(llama, 'cannot read .*config.json')
+  (llama / 'config.json').unlink()
+  refuses(llama, 'tiny has no config.json')
+  refuses(tmp_path / 'absent', 'is no folder, no .gguf file and no name')
+  refuses('absent/at/all', 'is no folder')
+  refuses(llama / 'tokenizer.json', 'is no folder, no .gguf file')
+  sharded = tiny.save(
+    tmp_path / 's', tiny.model_of('llama'), max_shard_size='9kB'
+  )
+  first = sorted(sharded.glob('model-*.safetensors'))[0]
+  first.unlink()
+  refuses(sharded, f'lacks 1 of the .* first {first.name}: fetch')
+  assert weights_sha256(block(sharded)) is None
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+  big = tiny.tokenizer_of(words=70)
+  folder = tiny.save(tmp_path / 'm', tiny.model_of('llama'), big)
+  refuses(folder, 'ids up to 69, the embedding 61 rows: .*model.tokenizer')
+  other = tmp_path / 'other'
+  tiny.tokenizer_of().save_pretrained(other)
+  assert load(folder, tokenizer=str(other)).bos == 1
+  by_file = load(folder, tokenizer=str(other / 'tokenizer.json'))
+  assert (by_file.bos, by_file.eos, by_file.pad) == (1, 2, 0)
+  assert by_file.tokenizer.encode('w5').ids == [5]
+  refuses(folder, 'no tokenizer.json', tokenizer=str(tmp_path / 'none.json'))
+  for file in folder.glob('tokenizer*'):
+    file.unlink()
+  refuses(folder, 'm has no tokenizer: name a folder .*model.tokenizer')
+  (folder / 'tokenizer.json').write_text('{}')
+  refuses(folder, 'makes no fast tokenizer of it')
+
+
+def test_control_tokens_beyond_the_embedding_are_dropped(tmp_path):
+  # Gemma 3's small models have one for images
+  words = tiny.tokenizer_of()
+  words.add_special_tokens({'additional_special_tokens': ['<image>']})
+  folder = tiny.save(tmp_path, tiny.model_of('llama'), words)
+  subject = load(folder)
+  assert subject.special == {0, 1, 2}
+  assert max(subject.tokenizer.encode('w5 <image>').ids) < 61
+
+
+def test_no_end_of_text(tmp_path):
+  words = tiny.tokenizer_of(eos_token=None)
+  folder = tiny.save(tmp_path, tiny.model_of('llama'), words)
+  refuses(folder, r'names no token that ends a text \(eos\)')
+
+
+def test_a_mesh_that_does_not_divide(llama, monkeypatch):
+  specs = lambda cfg: jax.tree.map(
+    lambda x: jax.P(*['dict'] * (len(x) > 1)), model.shapes(cfg),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )  # fmt: skip
+  monkeypatch.setattr(model, 'specs', specs)
+  with jax.set_mesh(make_mesh(2, 4)):  # 61 words
+    refuses(llama, r'\[61, 24\] cannot be split .*lower config.mesh.dict')
+
+
+def hub_raises(monkeypatch, error):
+  def download(*_, **__):
+    raise error
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+
+
+def response(status):
+  return type('Response', (), {'headers': {}, 'status_code': status,
+                               'request': None})()  # fmt: skip
+
+
+def test_the_hub(monkeypatch, llama):
+  monkeypatch.setattr(
+    huggingface_hub, 'snapshot_download', lambda *_, **__: str(llama)
+  )
+  subject = load('some-org/tiny-model')
+  assert subject.name == 'some-org/tiny-model'
+  assert weights_sha256(block('some-org/tiny-model')) == subject.weights_sha256
+  gated = errors.GatedRepoError('no', response=response(403))
+  hub_raises(monkeypatch, gated)
+  refuses('google/gemma-2-2b', 'accept its licence at https://hugging.*login')
+  absent = errors.RepositoryNotFoundError('no', response=response(404))
+  hub_raises(monkeypatch, absent)
+  refuses('google/gema-2-2b', "no model 'google/gema-2-2b' that you may read")
+  hub_raises(monkeypatch, errors.LocalEntryNotFoundError('no\nnet'))
+  refuses('google/gemma-2-2b', 'cannot fetch google/gemma-2-2b .*no net')
+  hub_raises(monkeypatch, errors.HfHubHTTPError('5', response=response(500)))
+  refuses('google/gemma-2-2b', 'cannot fetch google/gemma-2-2b')
+  assert weights_sha256(block('google/gemma-2-2b')) is None
+
+
+def test_the_hub_offline(monkeypatch, tmp_path):
+  monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+  monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+  refuses('google/gemma-2-2b', 'cannot fetch google/gemma-2-2b from the hub')
