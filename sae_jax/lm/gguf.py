@@ -164,14 +164,12 @@ def _rope_scaling(get, tensors, head_dim: int, file: Path):
   # formula are the same in all of them; check that it gives the file's.
   stored = np.asarray(tensors['rope_freqs.weight'].data, np.float32)
   scaling = RopeScaling('llama3', float(stored.max()), 1.0, 4.0, 8192)
-  base = get('rope.freq_base', 10_000.0)
-  frequency = base ** -(np.arange(0, head_dim, 2) / head_dim)
+  places = np.arange(0, head_dim, 2) / head_dim
+  frequency = get('rope.freq_base', 10_000.0) ** -places
   turns = scaling.original_length * frequency / (2 * np.pi)
-  keep = np.clip((turns - 1.0) / 3.0, 0, 1)
-  expected = 1 / (keep + (1 - keep) / scaling.factor)
-  if stored.shape != expected.shape or not np.allclose(
-    stored, expected, rtol=1e-3
-  ):
+  keep = np.clip((turns - 1) / 3, 0, 1)
+  kept = keep + (1 - keep) / max(scaling.factor, 1)
+  if stored.shape != kept.shape or not np.allclose(stored * kept, 1, rtol=1e-3):
     raise UserError(f"{file}: rope_freqs.weight is not Llama 3's scaling")
   return scaling
 

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from sae_jax.errors import UserError
 
 # Values of tokenizer.ggml.token_type
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 _BY_WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
@@ -209,9 +209,8 @@ def _sentence_piece(words, scores, meta) -> tokenizers.Tokenizer:
   """
   vocab = {word: i for i, word in enumerate(words)}
   kinds = meta['tokenizer.ggml.token_type']
-  not_pieces = (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED)
   ranked = sorted(
-    (i for i, kind in enumerate(kinds) if kind not in not_pieces),
+    (i for i, kind in enumerate(kinds) if kind == _NORMAL),
     key=lambda i: -scores[i],
   )
   merges = [

@@ -1,6 +1,7 @@
 """Reading GGUF files: a tiny one as llama.cpp writes it, and broken ones."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from sae_jax.errors import UserError
+from sae_jax.lm import gguf as reader
 from sae_jax.lm import model
 from sae_jax.lm.config import LMConfig
 from sae_jax.lm.subject import load_subject
+from sae_jax.parallel.mesh import make_mesh
 
 gguf = pytest.importorskip('gguf')
 
@@ -137,10 +140,14 @@ def test_how_text_is_cut(tmp_path, params):
   'change, message',
   [
     (dict(arch='mamba'), "architecture 'mamba' is not supported.*llama"),
-    (dict(pre='qwen2'), "pre-tokenizer 'qwen2' is not known; known.*smollm"),
+    (
+      dict(pre='tekken'),
+      "pre-tokenizer 'tekken' is not known; known.*smollm.*model.tokenizer",
+    ),
     (dict(leave=['blk.1.ffn_up']), 'lacks the tensor blk.1.ffn_up.weight'),
     (dict(leave=['token_embd']), 'lacks the tensor token_embd.weight'),
-    (dict(add=['rope_freqs']), 'no place for: rope_freqs.weight'),
+    (dict(add=['rope_freq']), 'no place for: rope_freq.weight'),
+    (dict(add=['rope_freqs']), "rope_freqs.weight is not Llama 3's"),
     (dict(skip_keys=['block_count']), 'lacks llama.block_count'),
   ],
 )
@@ -178,5 +185,152 @@ def test_broken_files(tmp_path, params):
 
 def test_an_unknown_kind_of_model():
   block = ml_collections.ConfigDict({'kind': 'onnx', 'path': 'x'})
-  with pytest.raises(UserError, match="'onnx' is not known; known: gguf"):
+  with pytest.raises(
+    UserError, match="'onnx' is not known; known: gguf, hf, hub"
+  ):
     load_subject(block)
+
+
+def test_shards_of_quantised_tensors(tmp_path, params):
+  """A shard's columns need not begin where a block of 32 numbers does."""
+  names = ('blk.1.attn_output', 'blk.0.ffn_down', 'blk.0.attn_q', 'token_embd')
+  path = write(tmp_path / 'q.gguf', params, quantised=names)
+  whole = load(path).params
+  with jax.set_mesh(make_mesh(2, 4)):
+    split = load(path).params
+  jax.tree.map(np.testing.assert_array_equal, split, whole)
+  for name, full in (('w_o', 32), ('w_down', 64), ('w_q', 32)):
+    x = split['layers'][0][name]
+    assert all(s.data.size * 4 == x.size for s in x.addressable_shards)
+    assert full in x.shape
+
+
+def from_transformers(path, hf, arch):
+  """Writes a model as llama.cpp's converter does, with gguf's own names."""
+  c = hf.config
+  out = gguf.GGUFWriter(path, arch)
+  out.add_block_count(c.num_hidden_layers)
+  out.add_embedding_length(c.hidden_size)
+  out.add_feed_forward_length(c.intermediate_size)
+  out.add_head_count(c.num_attention_heads)
+  out.add_head_count_kv(c.num_key_value_heads)
+  head_dim = getattr(c, 'head_dim', None) or c.hidden_size // 6
+  out.add_key_length(head_dim)
+  out.add_layer_norm_rms_eps(c.rms_norm_eps)
+  rope = c.rope_parameters
+  if arch == 'gemma3':
+    out.add_rope_freq_base_swa(rope['sliding_attention']['rope_theta'])
+    out.add_sliding_window_pattern(2)  # the default is 6
+    rope = rope['full_attention']
+  out.add_rope_freq_base(rope['rope_theta'])
+  if rope['rope_type'] == 'linear':
+    out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    out.add_rope_scaling_factor(rope['factor'])
+  if getattr(c, 'sliding_window', None):
+    out.add_sliding_window(c.sliding_window)
+  if arch in ('gemma2', 'gemma3'):
+    out.add_attention_scale(c.query_pre_attn_scalar**-0.5)
+  if arch == 'gemma2':
+    out.add_attn_logit_softcapping(c.attn_logit_softcapping)
+    out.add_final_logit_softcapping(c.final_logit_softcapping)
+  out.add_tokenizer_model('gpt2')
+  out.add_tokenizer_pre('gpt-2')
+  words = byte_words()
+  out.add_token_list([*words[40:100], words[40] + words[41]])
+  out.add_token_types([1] * 61)
+  out.add_token_merges([f'{words[40]} {words[41]}'])
+  out.add_bos_token_id(1)
+  out.add_eos_token_id(2)
+  out.add_chat_template('{{ x }}')
+  kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
+  theirs = gguf.get_tensor_name_map(kind, c.num_hidden_layers)
+  heads = {'q_proj': c.num_attention_heads, 'k_proj': c.num_key_value_heads}
+  for name, x in hf.state_dict().items():
+    if name == 'lm_head.weight' and c.tie_word_embeddings:
+      continue
+    w = x.numpy()
+    if arch.startswith('gemma') and name.endswith('norm.weight'):
+      w = w + 1
+    if arch == 'llama' and (part := name.split('.')[-2]) in heads:
+      w = permuted(w, heads[part])
+    out.add_tensor(theirs.get_name(name, ('.weight', '.bias')), w)
+  if rope['rope_type'] == 'llama3':
+    ratio = 1 / hf.model.rotary_emb.inv_freq.numpy()
+    ratio /= rope['rope_theta'] ** (np.arange(0, head_dim, 2) / head_dim)
+    out.add_tensor('rope_freqs.weight', ratio.astype(np.float32))
+  out.write_header_to_file()
+  out.write_kv_data_to_file()
+  out.write_tensors_to_file()
+  out.close()
+  return path
+
+
+@pytest.mark.parametrize(
+  'family, arch',
+  [
+    ('llama', 'llama'), ('llama3', 'llama'), ('mistral', 'llama'),
+    ('qwen2', 'qwen2'), ('qwen3', 'qwen3'), ('gemma', 'gemma'),
+    ('gemma2', 'gemma2'), ('gemma3', 'gemma3'),
+  ],
+)  # fmt: skip
+def test_parity_with_transformers(tmp_path, family, arch):
+  torch = pytest.importorskip('torch')
+  import tiny_hf as tiny
+
+  changes = {}
+  if family == 'llama3':  # the numbers Llama 3.1 has: the file holds no others
+    rope = dict(high_freq_factor=4.0, original_max_position_embeddings=8192)
+    rope |= dict(rope_theta=5e5, factor=8.0)
+    changes['rope_parameters'] = tiny.LLAMA3 | rope
+  hf = tiny.model_of(family, **changes)
+  subject = load(from_transformers(tmp_path / 'x.gguf', hf, arch))
+  assert subject.bos == (None if family.startswith('qwen') else 1)
+  assert subject.chat_template == '{{ x }}'
+  text = np.random.default_rng(0).integers(3, 61, (2, tiny.T), dtype=np.int32)
+  with torch.no_grad():
+    want = hf(torch.tensor(text).long()).logits
+  got = model.forward(subject.params, subject.cfg, text).logits
+  np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_what_gemma_files_leave_out(tmp_path):
+  """Real ones give neither scale, caps nor pattern: llama.cpp's defaults."""
+  meta = {'embedding_length': 4608, 'block_count': 46, 'head_dim': 128}
+  meta |= {
+    'attention.head_count': 32, 'attention.key_length': 128,
+    'feed_forward_length': 36864, 'attention.head_count_kv': 16,
+    'attention.layer_norm_rms_epsilon': 1e-6,
+  }  # fmt: skip
+
+  def config(arch, **more):
+    keys = {f'{arch}.{k}': v for k, v in (meta | more).items()}
+    embed = types.SimpleNamespace(shape=np.array([4608, 256]))
+    tensors = {'token_embd.weight': embed}
+    keys['general.architecture'] = arch
+    return reader._config(keys, tensors, tmp_path)
+
+  cfg = config('gemma2')  # 27B
+  assert cfg.attention_scale() == pytest.approx(144**-0.5)
+  assert (cfg.attn_softcap, cfg.final_softcap) == (50.0, 30.0)
+  assert (cfg.sliding_window, cfg.local_layers[:3]) == (
+    4096,
+    (True, False, True),
+  )
+  assert not cfg.norm_plus_one and cfg.post_norms and not cfg.qk_norm
+  cfg = config('gemma2', block_count=42)  # 9B
+  assert cfg.attention_scale() == pytest.approx(128**-0.5)
+  cfg = config('gemma3', **{'attention.sliding_window': 1024})
+  assert cfg.local_layers[:7] == (True,) * 5 + (False, True)
+  assert (cfg.rope_base, cfg.rope_local_base) == (1e6, 1e4)
+  assert cfg.attention_scale() == pytest.approx(128**-0.5)
+  assert (cfg.attn_softcap, cfg.final_softcap) == (None, None)
+
+
+def test_another_tokenizer(tmp_path, params):
+  path = write(tmp_path / 'x.gguf', params, pre='tekken')
+  other = tmp_path / 'tokenizer.json'
+  other.write_text(load(write(tmp_path / 'y.gguf', params)).tokenizer.to_str())
+  block = {'kind': '', 'path': path, 'tokenizer': str(other)}
+  got = load_subject(ml_collections.ConfigDict(block))
+  assert got.tokenizer.encode('</s>a').tokens == ['</s>', 'a']
+  assert (got.bos, got.eos) == (0, 1)
