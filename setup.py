@@ -36,9 +36,11 @@ setup(
     'tensorboardX>=2.6,<3',  # TensorBoard files without TensorFlow
     'tqdm>=4.66,<5',  # progress bars
     'tokenizers>=0.22,<0.24',  # text to token ids
-    # Hub models' tokenizers and configs (no torch needed for those); today
-    # the reference that our decoder is tested against.
+    # Tokenizers and config.json of Hugging Face models (no torch needed for
+    # those), whose keys changed over the years; in tests also the reference.
     'transformers>=5.0,<6',
+    'safetensors>=0.5,<1',  # checks the files that weights are read from
+    'huggingface_hub>=1.0,<3',  # models by name, with a resumable download
     'jinja2>=3.1,<4',  # report.html
     'markupsafe>=2.1',  # its escaping, for inline SVG
     'matplotlib>=3.9,<4',  # the report's plots
@@ -48,6 +50,7 @@ setup(
     'test': [
       *_SMOKE,
       'torch==2.13.0',  # the reference models of transformers run on it
+      'sentencepiece>=0.2,<0.3',  # what Gemma's tokenizers are compared with
       'ruff==0.17.6',  # lint; pinned since its rules change
       'pyright==1.1.414',  # types; pinned likewise
     ],

@@ -147,8 +147,10 @@ def _local_layers(arch: str, layers: int, get) -> tuple[bool, ...] | None:
   """Which layers have the window: all but each n-th, or a list."""
   usual = {'gemma2': 2, 'gemma3': 6}.get(arch)
   pattern = get('attention.sliding_window_pattern', usual)
-  if pattern is None or isinstance(pattern, list):
-    return pattern and tuple(bool(x) for x in pattern)
+  if pattern is None:
+    return None
+  if isinstance(pattern, list):
+    return tuple(bool(x) for x in pattern)
   return tuple((i + 1) % pattern > 0 for i in range(layers))
 
 
@@ -186,10 +188,10 @@ def _params(
   if meta['general.architecture'] == 'llama':
     heads = {'attn_q': cfg.heads, 'attn_k': cfg.kv_heads}
   stored = {}
-  for name, tensor in tensors.items():
+  for theirs, tensor in tensors.items():
     shape = tuple(int(x) for x in tensor.shape[::-1])
-    parts = heads.get(name.split('.')[2] if name.count('.') > 2 else '')
-    stored[name] = place.Stored(
+    parts = heads.get(theirs.split('.')[2] if theirs.count('.') > 2 else '')
+    stored[theirs] = place.Stored(
       shape, _reader(tensor, shape, _unpermuted(shape[0], parts), file)
     )
 

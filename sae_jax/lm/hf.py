@@ -8,7 +8,7 @@ bfloat16).
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -29,7 +29,7 @@ _DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
   'BF16': ml_dtypes.bfloat16,
 }  # fmt: skip
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Literal['silu', 'gelu_tanh']] = {
   'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh',
 }  # fmt: skip
 
@@ -84,7 +84,9 @@ def _read_config(folder: Path) -> tuple[LMConfig, dict[str, int | None]]:
       f'{", ".join(MODEL_TYPES)}'
     )
   try:
-    whole = transformers.AutoConfig.from_pretrained(folder)
+    whole = transformers.AutoConfig.from_pretrained(
+      folder, trust_remote_code=False
+    )
     c = whole.text_config if kind == 'gemma3' else whole
     _check(kind, c, raw, folder)
     cfg = _lm_config(kind, c, tied=bool(whole.tie_word_embeddings))
@@ -251,7 +253,7 @@ def _lm_config(kind: str, c: Any, tied: bool) -> LMConfig:
     rope_base=float(rope['rope_theta']),
     rope_scaling=_scaling(rope, c),
     rope_local_base=rope_local.get('rope_theta'),
-    mlp='gelu_tanh' if _ACTIVATIONS[_activation(c)] == 'gelu_tanh' else 'silu',
+    mlp=_ACTIVATIONS[_activation(c)],
     embed_scale=c.hidden_size**0.5 if gemma else None,
     tied=tied,
     final_softcap=c.final_logit_softcapping if late_gemma else None,

@@ -14,6 +14,10 @@ _PATTERNS = [
 ]  # fmt: skip
 _IGNORED = ['*/*']  # subfolders: other formats
 
+# The hub's answers are OSErrors too; its client's broken connections are not,
+# and which client it is changes.
+_HTTP_ERROR: type[Exception] = errors.HTTPError  # pyright: ignore
+
 
 def fetch(name: str, cached_only: bool = False) -> Path:
   """The folder of a model `org/name`, downloaded where it is not cached.
@@ -44,8 +48,8 @@ def fetch(name: str, cached_only: bool = False) -> Path:
     raise UserError(
       f'model.path: {name!r} is neither here nor a name on the hub (org/name)'
     ) from error
-  except (errors.HTTPError, OSError) as error:
-    # No network, HF_HUB_OFFLINE=1, a full disk: all are OSError
+  except (_HTTP_ERROR, OSError) as error:
+    # No network, HF_HUB_OFFLINE=1, a full disk: the latter
     reason = ' '.join(str(error).split())[:160]
     raise UserError(
       f'model.path: cannot fetch {name} from the hub, and the cache has no '

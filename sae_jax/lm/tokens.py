@@ -71,7 +71,9 @@ def from_folder(folder: Path, hint: str) -> Words:
   ):
     raise UserError(f'{folder} has no tokenizer: {hint}')
   try:
-    auto = transformers.AutoTokenizer.from_pretrained(folder)
+    auto = transformers.AutoTokenizer.from_pretrained(
+      folder, trust_remote_code=False
+    )
     tokenizer = _from_json(auto.backend_tokenizer.to_str())
   except Exception as error:  # it raises what it likes, bare ones included
     reason = ' '.join(str(error).split())[:200]
@@ -101,7 +103,9 @@ def from_file(path: Path, ids: Mapping[str, int | None]) -> Words:
       f'model.tokenizer: {path} is no tokenizer.json ({error})'
     ) from error
   named = frozenset(x for x in ids.values() if x is not None)
-  return Words(tokenizer, **ids, special=_special(tokenizer) | named)
+  return Words(
+    tokenizer, ids['bos'], ids['eos'], ids['pad'], _special(tokenizer) | named
+  )
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:
@@ -159,7 +163,7 @@ def from_gguf(meta: Mapping[str, Any], where: str) -> Words:
     kinds = meta['tokenizer.ggml.token_type']
     if kind == 'gpt2':
       merges = meta['tokenizer.ggml.merges']
-      tokenizer = _byte_level(words, merges, cut)
+      tokenizer = _byte_level(words, merges, str(cut))
     else:
       tokenizer = _sentence_piece(words, meta['tokenizer.ggml.scores'], meta)
   except KeyError as error:

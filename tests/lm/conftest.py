@@ -27,3 +27,11 @@ def demo():
 def subject(demo):
   """SmolLM2-135M-Instruct in float32."""
   return load_subject(ConfigDict({'kind': 'gguf', 'path': str(demo[0])}))
+
+
+@pytest.fixture
+def llama(tmp_path):
+  """The folder of a tiny Llama as transformers saves it."""
+  import tiny_hf as tiny  # here: needs torch
+
+  return tiny.save(tmp_path / 'tiny', tiny.model_of('llama'))

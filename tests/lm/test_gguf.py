@@ -268,7 +268,8 @@ def from_transformers(path, hf, arch):
 @pytest.mark.parametrize(
   'family, arch',
   [
-    ('llama', 'llama'), ('llama3', 'llama'), ('mistral', 'llama'),
+    ('llama', 'llama'), ('llama3', 'llama'), ('llama_linear', 'llama'),
+    ('mistral', 'llama'),
     ('qwen2', 'qwen2'), ('qwen3', 'qwen3'), ('gemma', 'gemma'),
     ('gemma2', 'gemma2'), ('gemma3', 'gemma3'),
   ],

@@ -1,12 +1,17 @@
 """Tiny random models of every family, saved as transformers saves them."""
 
 import dataclasses
+import json
 
+import jax.numpy as jnp
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
+from ml_collections import ConfigDict
 
 from sae_jax.lm.config import LMConfig, RopeScaling
+from sae_jax.lm.subject import load_subject
 
 LAYERS, WINDOW, T = 3, 7, 20  # a window shorter than the text
 
@@ -45,6 +50,16 @@ FAMILIES = {
       rope_scaling=RopeScaling('llama3', 4.0, 1.0, 3.0, 16),
     ),
   ),
+  'llama_linear': (
+    'Llama',
+    dict(
+      tie_word_embeddings=True,
+      rope_parameters={
+        'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 1e4,
+      },
+    ),
+    dict(rope_scaling=RopeScaling('linear', 4.0)),
+  ),
   'mistral': (
     'Mistral',
     dict(sliding_window=WINDOW, tie_word_embeddings=False),
@@ -63,6 +78,23 @@ FAMILIES = {
     'Qwen3',
     dict(tie_word_embeddings=False),
     dict(qk_norm=True, tied=False),
+  ),
+  'qwen3_window': (
+    'Qwen3',
+    dict(
+      tie_word_embeddings=True,
+      attention_bias=True,
+      use_sliding_window=True,
+      sliding_window=WINDOW,
+      max_window_layers=1,
+    ),
+    dict(
+      qk_norm=True,
+      qkv_bias=True,
+      out_bias=True,
+      sliding_window=WINDOW,
+      local_layers=(False, True, True),
+    ),
   ),
   'gemma': ('Gemma', dict(tie_word_embeddings=True), GEMMA),
   'gemma2': (
@@ -157,3 +189,25 @@ def save(folder, hf, tokenizer=None, **options):
   hf.save_pretrained(folder, **options)
   (tokenizer or tokenizer_of()).save_pretrained(folder)
   return folder
+
+
+def block(path, **more):
+  return ConfigDict({'kind': '', 'path': str(path), 'tokenizer': ''} | more)
+
+
+def load(path, dtype=jnp.float32, **more):
+  return load_subject(block(path, **more), dtype)
+
+
+def edit_json(path, **changes):
+  """Changes keys of a JSON file; None takes a key away."""
+  data = json.loads(path.read_text()) | changes
+  data = {key: value for key, value in data.items() if value is not None}
+  path.write_text(json.dumps(data))
+
+
+def edit_tensors(folder, change):
+  """Replaces the tensors of a folder by change(tensors)."""
+  file = folder / 'model.safetensors'
+  tensors = change(safetensors.torch.load_file(file))
+  safetensors.torch.save_file(tensors, file)
