@@ -45,7 +45,10 @@ def opened(path: Path) -> place.Opened:
   reader = _open(path)
   meta = {name: field.contents() for name, field in reader.fields.items()}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
-  cfg = _config(meta, tensors, path)
+  try:
+    cfg = _config(meta, tensors, path)
+  except ValueError as error:  # numbers that contradict each other
+    raise UserError(f'{path}: {error}') from error
   ids = {
     ours: meta.get(f'tokenizer.ggml.{theirs}_token_id')
     for ours, theirs in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))

@@ -64,8 +64,9 @@ def load_subject(
       f'{other or path}: the tokenizer names no token that ends a text (eos): '
       'name one that does with model.tokenizer'
     )
+  names = {'gguf': path.stem, 'hf': path.resolve().name}
   return Subject(
-    name=str(model.path) if kind == 'hub' else path.resolve().stem,
+    name=names.get(kind, str(model.path)),
     cfg=opened.cfg,
     params=opened.params(dtype),
     tokenizer=words.tokenizer,
@@ -85,7 +86,9 @@ def weights_sha256(model: ml_collections.ConfigDict) -> str | None:
   A .gguf file's own sha256. Of a folder: sha256 of the lines `sha256sum`
   prints for config.json and the weights' files, sorted by name. Every byte is
   read, 8 files at a time. A model of the hub counts as here when it is cached.
+  Raises UserError for an unknown kind.
   """
+  _check_kind(str(model.get('kind') or ''))
   try:
     return _sha256(*_locate(model, cached_only=True))
   except (UserError, OSError):
@@ -98,6 +101,7 @@ def _locate(
   """The kind of a model and where its files are, fetched if need be."""
   kind, given = str(model.get('kind') or ''), str(model.path)
   path = Path(given).expanduser()
+  _check_kind(kind)
   if not kind:
     if path.is_dir():
       kind = 'hf'
@@ -110,11 +114,14 @@ def _locate(
         f'model.path: {given!r} is no folder, no .gguf file and no name on the '
         'hub (org/name): check the path'
       )
-  if kind not in KINDS:
+  return kind, hub.fetch(given, cached_only) if kind == 'hub' else path
+
+
+def _check_kind(kind: str) -> None:
+  if kind and kind not in KINDS:
     raise UserError(
       f'model.kind {kind!r} is not known; known: {", ".join(KINDS)}'
     )
-  return kind, hub.fetch(given, cached_only) if kind == 'hub' else path
 
 
 def _tokenizer(given: str, ids: dict[str, int | None]) -> tokens.Words:
@@ -127,14 +134,14 @@ def _tokenizer(given: str, ids: dict[str, int | None]) -> tokens.Words:
 
 def _sha256(kind: str, path: Path) -> str:
   def digest(file: Path) -> str:
-    with open(file, 'rb') as opened:
-      return hashlib.file_digest(opened, 'sha256').hexdigest()
+    with open(file, 'rb') as raw:
+      return hashlib.file_digest(raw, 'sha256').hexdigest()
 
   if kind == 'gguf':
     return digest(path)
   files = sorted([path / hf.CONFIG, *hf.weight_files(path)])
   with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
-    lines = [f'{x}  {file.name}\n' for x, file in zip(
-      pool.map(digest, files), files, strict=True
-    )]  # fmt: skip
+    digests = pool.map(digest, files)
+    pairs = zip(digests, files, strict=True)
+    lines = [f'{x}  {file.name}\n' for x, file in pairs]
   return hashlib.sha256(''.join(lines).encode()).hexdigest()

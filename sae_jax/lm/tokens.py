@@ -124,11 +124,11 @@ def _special(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
 def fitted(words: Words, vocab: int, where: str) -> Words:
   """The same without control tokens that the embedding has no row for.
 
-  Gemma 3's small models have such a one, for images. Any other token beyond
-  the embedding is another model's: UserError.
+  Gemma 3's small models have such a one, for images, and a padding token is
+  often added. Any other token beyond the embedding is another model's:
+  UserError.
   """
-  most = max(words.tokenizer.get_vocab().values(), default=-1)
-  if most < vocab:
+  if _most(words.tokenizer) < vocab:
     return words
   parts = json.loads(words.tokenizer.to_str())
   parts['added_tokens'] = [
@@ -136,14 +136,22 @@ def fitted(words: Words, vocab: int, where: str) -> Words:
     if token['id'] < vocab or not token['special']
   ]  # fmt: skip
   kept = tokenizers.Tokenizer.from_str(json.dumps(parts))
-  most = max(kept.get_vocab().values(), default=-1)
+  most = max(_most(kept), words.bos or 0, words.eos or 0)
   if most >= vocab:
     raise UserError(
       f'{where}: the tokenizer has ids up to {most}, the embedding {vocab} '
       "rows: it is not this model's; check model.tokenizer"
     )
-  special = frozenset(i for i in words.special if i < vocab)
-  return dataclasses.replace(words, tokenizer=kept, special=special)
+  return dataclasses.replace(
+    words,
+    tokenizer=kept,
+    pad=words.pad if (words.pad or 0) < vocab else None,
+    special=frozenset(i for i in words.special if i < vocab),
+  )
+
+
+def _most(tokenizer: tokenizers.Tokenizer) -> int:
+  return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def from_gguf(meta: Mapping[str, Any], where: str) -> Words:

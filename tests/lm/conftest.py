@@ -34,4 +34,4 @@ def llama(tmp_path):
   """The folder of a tiny Llama as transformers saves it."""
   import tiny_hf as tiny  # here: needs torch
 
-  return tiny.save(tmp_path / 'tiny', tiny.model_of('llama'))
+  return tiny.save(tmp_path / 'tiny-3.2', tiny.model_of('llama'))

@@ -50,13 +50,14 @@ def permuted(w, heads):
 
 
 def write(path, params, *, arch='llama', pre='smollm', quantised=(), leave=(),
-          add=(), skip_keys=()):  # fmt: skip
+          add=(), skip_keys=(), more_keys=()):  # fmt: skip
   """Writes CFG's params as a GGUF file with a byte-level tokenizer."""
   out = gguf.GGUFWriter(path, arch)
   keys = {
     'block_count': 2, 'embedding_length': 32, 'attention.head_count': 4,
     'attention.head_count_kv': 2, 'feed_forward_length': 64,
   }  # fmt: skip
+  keys |= dict(more_keys)
   for key in keys.keys() - set(skip_keys):
     out.add_uint32(f'{arch}.{key}', keys[key])
   out.add_float32(f'{arch}.rope.freq_base', 5000.0)
@@ -149,6 +150,10 @@ def test_how_text_is_cut(tmp_path, params):
     (dict(add=['rope_freq']), 'no place for: rope_freq.weight'),
     (dict(add=['rope_freqs']), "rope_freqs.weight is not Llama 3's"),
     (dict(skip_keys=['block_count']), 'lacks llama.block_count'),
+    (
+      dict(more_keys={'attention.head_count_kv': 3}),
+      r'heads \(4\) must be a multiple of kv_heads \(3\)',
+    ),
   ],
 )
 def test_a_file_we_do_not_understand(tmp_path, params, change, message):

@@ -30,7 +30,7 @@ def test_what_is_known_of_it(llama):
   template = '{% for m in messages %}{{ m.content }}{% endfor %}'
   (llama / 'chat_template.jinja').write_text(template)
   subject = load(llama)
-  assert subject.name == 'tiny'
+  assert subject.name == 'tiny-3.2'
   assert (subject.bos, subject.eos, subject.pad) == (1, 2, 0)
   assert subject.special == {0, 1, 2}
   assert subject.chat_template == template

@@ -93,7 +93,7 @@ def test_files_that_are_missing_or_cut_off(tmp_path, llama):
   (llama / 'config.json').write_text('{')
   refuses(llama, 'cannot read .*config.json')
   (llama / 'config.json').unlink()
-  refuses(llama, 'tiny has no config.json')
+  refuses(llama, 'tiny-3.2 has no config.json')
   refuses(tmp_path / 'absent', 'is no folder, no .gguf file and no name')
   refuses('absent/at/all', 'is no folder')
   refuses(llama / 'tokenizer.json', 'is no folder, no .gguf file')
@@ -128,10 +128,15 @@ def test_control_tokens_beyond_the_embedding_are_dropped(tmp_path):
   # Gemma 3's small models have one for images
   words = tiny.tokenizer_of()
   words.add_special_tokens({'additional_special_tokens': ['<image>']})
+  words.add_special_tokens({'pad_token': '<new>'})
   folder = tiny.save(tmp_path, tiny.model_of('llama'), words)
   subject = load(folder)
   assert subject.special == {0, 1, 2}
-  assert max(subject.tokenizer.encode('w5 <image>').ids) < 61
+  assert subject.pad is None
+  assert max(subject.tokenizer.encode('w5 <image> <new>').ids) < 61
+  words.add_special_tokens({'bos_token': '<start>'})
+  words.save_pretrained(folder)
+  refuses(folder, 'ids up to 63, the embedding 61 rows')
 
 
 def test_no_end_of_text(tmp_path):
@@ -180,6 +185,8 @@ def test_the_hub(monkeypatch, llama):
   hub_raises(monkeypatch, errors.HfHubHTTPError('5', response=response(500)))
   refuses('google/gemma-2-2b', 'cannot fetch google/gemma-2-2b')
   assert weights_sha256(block('google/gemma-2-2b')) is None
+  with pytest.raises(UserError, match="'onnx' is not known; known: gguf, hf"):
+    weights_sha256(block('google/gemma-2-2b', kind='onnx'))
 
 
 def test_the_hub_offline(monkeypatch, tmp_path):
