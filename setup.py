@@ -10,6 +10,13 @@ _SMOKE = [
   'scipy>=1.14,<2',  # exact distributions to test estimators against
 ]
 
+_DATA = [
+  # Text in JSON lines, Parquet, saved data sets and on the hub, as memory-
+  # mapped Arrow tables: any document without reading the others.
+  'datasets>=5.0,<6',
+  'zstandard>=0.23,<1',  # what datasets reads the hub's .zst files with
+]
+
 setup(
   name='sae-jax',
   version='0.1.0',
@@ -47,11 +54,13 @@ setup(
     'smoke': _SMOKE,
     'test': [
       *_SMOKE,
+      *_DATA,
       'torch==2.13.0',  # the reference models of transformers run on it
       'ruff==0.17.6',  # lint; pinned since its rules change
       'pyright==1.1.414',  # types; pinned likewise
     ],
     'demo': [_GGUF],
+    'data': _DATA,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
   },

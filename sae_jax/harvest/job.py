@@ -18,12 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from absl import logging
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.harvest.config import check_config, recorded, sizes
-from sae_jax.harvest.text import Packed, Text, pack, scan
+from sae_jax.harvest.documents import scan
+from sae_jax.harvest.files import Text
+from sae_jax.harvest.packing import Packed, pack, pack_all
+from sae_jax.harvest.positions import all_of, first, without
 from sae_jax.lm.model import check_sites, forward, site_width
 from sae_jax.lm.subject import Subject, load_subject
 from sae_jax.store.folder import another_harvest
@@ -54,7 +58,11 @@ def harvest(config: Config, subject: Subject | None = None) -> Manifest:
   """
   check_config(config)
   root = local_root(config.store.path)
-  text = scan(config.text.path)
+  text = scan(
+    ConfigDict({
+      'kind': '', 'column': 'text', 'chat': False, 'split': 'train', 'name': '',
+    } | config.text.to_dict())
+  )  # fmt: skip
   if manifest := reusable(root, config, text, subject):
     logging.info('store: %s is complete, nothing to do', root)
     return manifest
@@ -98,16 +106,17 @@ def reusable(
 
 def pack_text(config: Config, text: Text, subject: Subject) -> Packed:
   """Tokens and their places; UserError when there are too few."""
-  packed = pack(
+  pieces = pack(
     text,
     subject.tokenizer,
     length=config.harvest.sequence_length,
     bos=subject.bos,
     separator=subject.eos,
-    special=unstored(subject),
+    keep=all_of(first(1), without(unstored(subject))),
     rows=config.harvest.rows,
     seed=config.harvest.seed,
   )
+  packed = pack_all(pieces)
   needed = config.harvest.rows or least_rows(**sizes(config))
   if packed.rows < needed:
     size = text.bytes * needed / max(packed.rows, 1)
@@ -120,7 +129,7 @@ def pack_text(config: Config, text: Text, subject: Subject) -> Packed:
   logging.info(
     'text: %d of %d documents, %s sequences of %d tokens',
     packed.documents,
-    len(text.files),
+    text.documents,
     f'{len(packed.sequences):,}',
     config.harvest.sequence_length,
   )
@@ -152,7 +161,7 @@ def make_plan(
     },
     text={
       'sha256': text.sha256,
-      'files': len(text.files),
+      'files': text.files,
       'bytes': text.bytes,
       'documents_read': packed.documents,
     },

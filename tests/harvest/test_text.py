@@ -2,21 +2,28 @@
 
 import numpy as np
 import pytest
-from tiny_harvest import tiny_subject, write_text
+from tiny_harvest import text_config, tiny_subject, write_text
 
 from sae_jax.errors import UserError
-from sae_jax.harvest import text as text_module
-from sae_jax.harvest.text import pack, scan
+from sae_jax.harvest import packing
+from sae_jax.harvest.documents import scan as scan_block
+from sae_jax.harvest.packing import pack, pack_all
+from sae_jax.harvest.positions import all_of, first, without
 from sae_jax.store.order import DOCUMENTS, permutation
 
 TOKENIZER = tiny_subject().tokenizer
 
 
 def packed(text, rows=0, seed=1, length=10, special=frozenset([0, 1, 2])):
-  return pack(
-    text, TOKENIZER, length=length, bos=0, separator=1, special=special,
-    rows=rows, seed=seed,
+  pieces = pack(
+    text, TOKENIZER, length=length, bos=0, separator=1,
+    keep=all_of(first(1), without(special)), rows=rows, seed=seed,
   )  # fmt: skip
+  return pack_all(pieces)
+
+
+def scan(path, **values):
+  return scan_block(text_config(path, **values))
 
 
 def test_sequences_are_the_shuffled_documents_end_to_end(tmp_path):
@@ -26,9 +33,7 @@ def test_sequences_are_the_shuffled_documents_end_to_end(tmp_path):
   order = permutation(12, 1, DOCUMENTS)
   assert order.tolist() != list(range(12))
   stream = [
-    id_
-    for i in order
-    for id_ in [*TOKENIZER.encode(text.files[i].read_text()).ids, 1]
+    id_ for i in order for id_ in [*TOKENIZER.encode(text.read(i)).ids, 1]
   ]
   assert (out.sequences[:, 0] == 0).all()
   flat = out.sequences[:, 1:].ravel().tolist()
@@ -40,7 +45,7 @@ def test_sequences_are_the_shuffled_documents_end_to_end(tmp_path):
 
 @pytest.mark.parametrize('rows', range(1, 120, 7))
 def test_a_budget_takes_a_beginning(tmp_path, monkeypatch, rows):
-  monkeypatch.setattr(text_module, '_CHUNK', 1)  # every document by itself
+  monkeypatch.setattr(packing, '_CHUNK', 1)  # every document by itself
   write_text(tmp_path)
   text = scan(str(tmp_path))
   whole, part = packed(text), packed(text, rows)
@@ -61,14 +66,17 @@ def test_more_rows_than_there_are(tmp_path):
   write_text(tmp_path, documents=1)
   text = scan(str(tmp_path))
   assert packed(text, 10_000).rows == packed(text).rows
-  assert packed(text, length=1000).rows == 0
+  with pytest.raises(
+    UserError, match=r'give 51 tokens \(.*, a sequence takes 999'
+  ):
+    packed(text, length=1000)
 
 
 def test_chunks_make_no_difference(tmp_path, monkeypatch):
   write_text(tmp_path)
   text = scan(str(tmp_path))
   once = packed(text)
-  monkeypatch.setattr(text_module, '_CHUNK', 300)
+  monkeypatch.setattr(packing, '_CHUNK', 300)
   np.testing.assert_array_equal(packed(text).sequences, once.sequences)
 
 

@@ -57,6 +57,14 @@ def write_text(folder, documents=12, words=50) -> None:
     (folder / f'{i:03d}.txt').write_text(text)
 
 
+def text_config(path, **values) -> ConfigDict:
+  """A config's `text` block."""
+  defaults = {
+    'kind': '', 'column': 'text', 'chat': False, 'split': 'train', 'name': '',
+  }  # fmt: skip
+  return ConfigDict({'path': str(path)} | defaults | values)
+
+
 def tiny_config(text, store) -> ConfigDict:
   c = base_config()
   c.model.path = 'tiny'
