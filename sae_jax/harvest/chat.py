@@ -1,6 +1,7 @@
 """Chats: lists of messages, checked and rendered by a chat template."""
 
 import datetime
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ Messages = list[dict[str, str]]
 
 # Templates may write the date of the day; a store must not depend on when it
 # was made. The day is the one Llama's templates name where there is no clock.
-_TODAY = datetime.datetime(2024, 7, 26)
+_TODAY = datetime.date(2024, 7, 26)
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def check_messages(value: Any, where: str) -> Messages:
@@ -56,13 +58,20 @@ def make_render(
   """(messages, where) -> the chat as the template writes it.
 
   The template's special tokens are text here; the tokenizer reads them back.
-  Raises UserError without a template or for one that is no valid Jinja, and
-  the function for messages that the template refuses.
+  Raises UserError without a template, and the function for messages that the
+  template refuses. Where a template writes the date, it is a fixed one.
   """
   if not template:
     raise UserError(
       'text.chat: the tokenizer of this model has no chat template: harvest a '
       'model trained on chats, or give plain text'
+    )
+  # Written into the template: transformers passes no functions to it.
+  template = _CLOCK.sub(lambda m: repr(_TODAY.strftime(m[2])), template)
+  if 'strftime_now(' in template:
+    raise UserError(
+      'the chat template asks for the date in a way we do not know, and '
+      'tomorrow it would write another text: give the date in the template'
     )
   # Here: importing transformers takes seconds, and plain text needs none.
   from transformers import PreTrainedTokenizerFast
@@ -76,14 +85,13 @@ def make_render(
 
   def render(messages: Messages, where: str) -> str:
     try:
-      text = writer.apply_chat_template(
-        messages, tokenize=False, strftime_now=_TODAY.strftime
-      )
-    except jinja2.TemplateSyntaxError as error:
-      raise UserError(f'the chat template is not valid: {error}') from error
+      text = writer.apply_chat_template(messages, tokenize=False)
     except jinja2.TemplateError as error:
+      said = ' '.join(str(error).split())
       raise UserError(
-        f'{where}: the chat template refuses it: {error}'
+        f'{where}: the chat template is not valid: {said}'
+        if isinstance(error, jinja2.TemplateSyntaxError)
+        else f'{where}: the chat template refuses it: {said}'
       ) from error
     return str(text)
 

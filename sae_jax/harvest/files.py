@@ -109,9 +109,9 @@ def no_text(root: Path) -> UserError:
   if not root.exists() and root.parent.is_dir():
     beside = [path.name for path in root.parent.iterdir()]
   return UserError(
-    f'text.path: no .txt file at {str(root)!r}, no .jsonl, .jsonl.gz, '
-    f'.jsonl.zst or .parquet and no saved data set'
-    f'{nearest(root.name, beside)}: give a file or a folder of them'
+    f'text.path: no .txt file at {str(root)!r}{nearest(root.name, beside)}, '
+    'and no .jsonl, .jsonl.gz, .jsonl.zst, .parquet or saved data set: give a '
+    'file or a folder of them'
   )
 
 

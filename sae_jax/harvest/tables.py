@@ -18,6 +18,9 @@ from sae_jax.harvest.chat import check_messages
 from sae_jax.harvest.files import Text, hash_files, nearest, no_column
 from sae_jax.paths import cache_dir
 
+# Part of the cache's key: another number with every change to what is read.
+_READER = 1
+
 
 def jsonl(text: Config, root: Path, files: list[Path]) -> Text:
   """A corpus of JSON lines, an object with the column in each.
@@ -40,7 +43,7 @@ def jsonl(text: Config, root: Path, files: list[Path]) -> Text:
       cache_dir=cache_dir('datasets'),
       gen_kwargs={'files': tuple(files), 'column': text.column,
                   'chat': bool(text.chat)},
-      fingerprint=sha256,
+      fingerprint=f'{_READER}-{sha256}',
     )  # fmt: skip
   return _table(text, data, sha256, len(files))
 
@@ -59,14 +62,32 @@ def parquet(text: Config, root: Path, files: list[Path]) -> Text:
       ) from error
     if text.column not in names:
       raise no_column(str(file), text.column, names)
+  if not any(pyarrow.parquet.read_metadata(file).num_rows for file in files):
+    raise _empty(text.path)
   sha256, _ = hash_files(root, files, _header(text))
-  with _conversion(text):
-    data = datasets.Dataset.from_parquet(
-      [str(file) for file in files],
-      columns=[text.column],
-      cache_dir=cache_dir('datasets'),
-    )
+  try:
+    with _conversion(text):
+      data = datasets.Dataset.from_parquet(
+        [str(file) for file in files],
+        columns=[text.column],
+        cache_dir=cache_dir('datasets'),
+      )
+  except UserError:
+    _find_damage(files, text.column)  # `datasets` does not name the file
+    raise
   return _table(text, data, sha256, len(files))
+
+
+def _find_damage(files: list[Path], column: str) -> None:
+  """Reads everything; UserError with the file that cannot be read."""
+  import pyarrow.parquet
+
+  for file in files:
+    try:
+      for _ in pyarrow.parquet.ParquetFile(file).iter_batches(columns=[column]):
+        pass
+    except (OSError, ValueError) as error:
+      raise UserError(f'{file}: damaged: {_line(error)}') from error
 
 
 def saved(text: Config, root: Path) -> Text:
@@ -153,7 +174,7 @@ def _table(text: Config, data: Any, sha256: str, files: int) -> Text:
   """The corpus of a data set's column, checked as far as its type says."""
   name, column, chat = str(text.path), text.column, bool(text.chat)
   if not len(data):
-    raise UserError(f'text.path: {name} holds no document')
+    raise _empty(name)
   if column not in data.features:
     raise no_column(f'text.path: {name}', column, data.features)
   _check_type(name, column, data.features[column], chat)
@@ -203,11 +224,15 @@ def _json_rows(
   files: Iterable[Path], column: str, chat: bool
 ) -> Iterator[dict[str, Any]]:
   """The documents of files of JSON lines; UserError with the line."""
+  empty = True
   for file in files:
     for number, line in enumerate(_lines(file), 1):
       if line.strip():
         where = f'{file}, line {number:,}'
         yield {column: _json_value(line, column, chat, where)}
+        empty = False
+  if empty:
+    raise _empty(', '.join(map(str, files[:3])))
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -236,7 +261,7 @@ def _json_value(line: bytes, column: str, chat: bool, where: str) -> Any:
     ) from error
   if not isinstance(row, dict):
     raise UserError(
-      f'{where}: {type(row).__name__}, not an object like {{"{column}": ...}}'
+      f'{where}: {_json(row)} is no object like {{"{column}": ...}}'
     )
   if column not in row:
     raise no_column(where, column, row)
@@ -248,9 +273,7 @@ def _json_value(line: bytes, column: str, chat: bool, where: str) -> Any:
     hint = ''
     if isinstance(value, list) and value and isinstance(value[0], dict):
       hint = ': is it chat data? give --config.text.chat=true'
-    raise UserError(
-      f'{where}: {column!r} is {type(value).__name__}, not text{hint}'
-    )
+    raise UserError(f'{where}: {column!r} is {_json(value)}, not text{hint}')
   else:
     words = value
   try:
@@ -283,11 +306,20 @@ def _conversion(text: Config) -> Iterator[None]:
     ) from error
 
 
+def _empty(name: str) -> UserError:
+  return UserError(f'text.path: {name} holds no document')
+
+
 def _no_split(where: str, split: str, splits: Iterable[str]) -> UserError:
   return UserError(
     f'text.split: {where} has no split {split!r}{nearest(split, splits)}; it '
     f'has {", ".join(splits)}'
   )
+
+
+def _json(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 40 else f'{text[:37]}...'
 
 
 def _parent(root: Path, files: list[Path]) -> Path:
