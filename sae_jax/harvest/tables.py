@@ -8,7 +8,7 @@ import codecs
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def _check_type(name: str, column: str, feature: Any, chat: bool) -> None:
 
 
 def _json_rows(
-  files: Iterable[Path], column: str, chat: bool
+  files: Sequence[Path], column: str, chat: bool
 ) -> Iterator[dict[str, Any]]:
   """The documents of files of JSON lines; UserError with the line."""
   empty = True

@@ -91,18 +91,22 @@ def test_what_is_read_goes_with_the_rows_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize('rows', [0, 10_000])
-@pytest.mark.parametrize('piece', [1, 1024])
+@pytest.mark.parametrize('piece', [1, 3, 1024])
 def test_sequences_without_a_row_wait_for_one(monkeypatch, piece, rows):
   monkeypatch.setattr(packing, '_PIECE', piece)
   only = lambda tokens: tokens == 3 + 7
-  documents = ['w1 ' * 50, 'w7', 'w2 ' * 50]
-  text = source([documents[i] for i in np.argsort(permutation(3, 3, 1))])
+  documents = ['w7', 'w1 ' * 50, 'w7', 'w2 ' * 50]
+  order = permutation(4, 3, DOCUMENTS)
+  text = source([documents[i] for i in np.argsort(order)])
   packed = pack_all(pieces(text, keep=only, rows=rows))
-  # 51 tokens of the first document, then the row: in the sixth sequence.
-  assert packed.keep.sum() == packed.rows == 1
-  assert len(packed.sequences) == 6 and packed.keep[-1].any()
-  # The third begins there, too, two tokens later.
-  assert packed.documents == 3
+  # Two tokens, 51 and the row: in the sixth sequence of nine tokens.
+  assert packed.keep.sum() == packed.rows == 2
+  assert len(packed.sequences) == 6
+  assert packed.keep[0, 1] and packed.keep[5, 9]
+  # The fourth document begins two tokens later, and is not there.
+  assert packed.places.tolist() == [
+    [order[0], 1], [order[1], 3], [order[2], 59]
+  ]  # fmt: skip
 
 
 def test_without_a_bos_the_separator_comes_first():
@@ -131,19 +135,27 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
   assert large < small + 100_000
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_not_here():
-  text = source(['w1 ' * 40, 'w2'])
-  wanted = pack_all(pieces(text))
-  cutting = tiny_subject().tokenizer
+@pytest.mark.parametrize('literal', [False, True])
+def test_a_tokenizer_that_cuts_and_pads_does_not_here(literal):
+  tokenizer, cutting = tiny_subject().tokenizer, tiny_subject().tokenizer
   cutting.enable_truncation(5)
   cutting.enable_padding(length=8)
-  out = pack_all(
-    pack(
-      text, cutting, bos=0, separator=1, length=10, rows=0, seed=3, keep=KEEP
-    )
-  )
-  np.testing.assert_array_equal(out.sequences, wanted.sequences)
-  assert cutting.truncation and cutting.padding  # the caller's is as it was
+  for each in (tokenizer, cutting):
+    each.add_special_tokens(['<sep>'])  # id 40
+    each.encode_special_tokens = literal  # plain text may keep it so
+  out = [
+    pack_all(
+      pack(
+        source(['<sep> w1 ' * 40, 'w2']), each, bos=0, separator=1, length=10,
+        rows=0, seed=3, keep=KEEP,
+      )
+    ).sequences
+    for each in (tokenizer, cutting)
+  ]  # fmt: skip
+  np.testing.assert_array_equal(*out)
+  assert (out[0] == 40).any() == (not literal)
+  # The caller's is as it was.
+  assert cutting.truncation and cutting.padding
 
 
 @pytest.mark.parametrize(
