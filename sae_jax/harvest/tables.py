@@ -119,33 +119,36 @@ def hub(text: Config) -> Text:
   """A data set of the Hugging Face hub, in its own cache, at its newest
   revision or, without a network, the one that is there already."""
   datasets = _datasets()
-  where = f'text.path: hub data set {text.path!r}'
+  where = f'hub data set {text.path!r}'
+  problem = lambda said: UserError(f'text.path: {where}{said}')
   try:
     builder = datasets.load_dataset_builder(text.path, text.name or None)
     builder.download_and_prepare()
   except datasets.exceptions.DatasetNotFoundError as error:
-    gated = 'gated' in str(error)
-    raise UserError(
-      f'{where} is gated: ask for access on its page, then `hf auth login`'
-      if gated
-      else f'{where}: there is no such file, folder or public data set (a '
-      'private one needs `hf auth login`)'
+    if 'gated' in str(error):
+      raise problem(
+        ' is gated: ask for access on its page, then `hf auth login`'
+      ) from error
+    raise problem(
+      ': there is no such file, folder or public data set (a private one needs '
+      '`hf auth login`)'
     ) from error
   except ConnectionError as error:
-    raise UserError(
-      f'{where}: no such file or folder here, and the hub cannot be reached '
+    raise problem(
+      ': no such file or folder here, and the hub cannot be reached '
       f'({_line(error)}): check the path, or the network'
     ) from error
   except ValueError as error:  # a configuration that is missing or not there
-    raise UserError(
-      f'{where}: {_line(error)}: give --config.text.name'
-    ) from error
+    raise problem(f': {_line(error)}: give --config.text.name') from error
   except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-    raise UserError(f'{where}: {_line(error)}') from error
+    raise problem(f': {_line(error)}') from error
   splits = list(builder.info.splits or ())
   if text.split.partition('[')[0] not in splits:
     raise _no_split(where, text.split, splits)
-  data = builder.as_dataset(split=text.split)
+  try:
+    data = builder.as_dataset(split=text.split)
+  except (ValueError, AssertionError) as error:  # a bad slice, or an empty one
+    raise UserError(f'text.split: {where}: {_line(error)}') from error
   # builder.hash is the commit of the revision.
   header = f'{_header(text)}{text.split}\0{text.path}\0{text.name}\0'
   files = len(data.cache_files)

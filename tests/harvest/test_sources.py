@@ -1,15 +1,11 @@
 """Every source of text: what it reads, what its hash covers, what it refuses.
 
-Real files, the real `datasets`, and a real server that plays the hub.
+Real files and the real `datasets`; test_hub.py has the hub.
 """
 
 import gzip
-import http.server
 import json
-import os
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -324,57 +320,6 @@ def test_reading_is_random_access_into_a_mapped_file(tmp_path):
     assert text.read(int(i)) == f'{i} ' * 50
   with pytest.raises(IndexError):
     text.read(3000)
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-  """Knows no data set, and one that is gated."""
-
-  def do_GET(self):
-    gated = 'gated' in self.path
-    self.send_response(403 if gated else 404)
-    self.send_header('X-Error-Code', 'GatedRepo' if gated else 'RepoNotFound')
-    self.send_header('Content-Length', '0')
-    self.end_headers()
-
-  do_HEAD = do_GET
-
-  def log_message(self, *args):
-    pass
-
-
-def ask_hub(folder, endpoint, *names, **env):
-  """What `scan` says to these names, a line each, in a process of its own."""
-  program = (
-    'import sys, ml_collections\n'
-    'from sae_jax.harvest.documents import scan\n'
-    'from sae_jax.errors import UserError\n'
-    'for name in sys.argv[2:]:\n'
-    '  block = eval(sys.argv[1]) | {"path": name}\n'
-    '  try: scan(ml_collections.ConfigDict(block))\n'
-    '  except UserError as error: print(error)'
-  )
-  env |= {'HF_ENDPOINT': endpoint, 'HF_HOME': str(folder)}
-  env |= {'PYTHONPATH': str(Path(__file__).parents[2])}
-  return subprocess.run(
-    [sys.executable, '-c', program, repr(text_config('').to_dict()), *names],
-    env=os.environ | env, stdout=subprocess.PIPE, text=True, check=True,
-  ).stdout.splitlines()  # fmt: skip
-
-
-def test_the_hub_without_the_data_set(tmp_path):
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  endpoint = f'http://127.0.0.1:{server.server_port}'
-  try:
-    out = ask_hub(tmp_path, endpoint, 'org/missing', 'org/gated')
-  finally:
-    server.shutdown()
-  out += ask_hub(tmp_path, endpoint, 'org/name', HF_HUB_OFFLINE='1')
-  start = "text.path: hub data set 'org/"
-  missing, gated, off = out  # a line each
-  assert missing.startswith(f"{start}missing': there is no such file, folder")
-  assert gated.startswith(f"{start}gated' is gated: ask for access")
-  assert off.startswith(f"{start}name': no such file or folder here, and the")
 
 
 def test_without_the_package(tmp_path, monkeypatch):
