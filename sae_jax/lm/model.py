@@ -16,6 +16,7 @@ import numpy as np
 
 from sae_jax.errors import UserError
 from sae_jax.lm.config import LMConfig
+from sae_jax.parallel.mesh import DICT
 
 Params = dict[str, Any]
 
@@ -258,6 +259,37 @@ def shapes(cfg: LMConfig) -> Params:
   if not cfg.tied:
     tree['unembed'] = (d, cfg.vocab)
   return tree | {'layers': [dict(layer) for _ in range(cfg.layers)]}
+
+
+def specs(cfg: LMConfig, parts: int = 1) -> Params:
+  """The params' tree with a PartitionSpec in place of each array.
+
+  Tensor parallelism over mesh axis DICT, whose size is `parts`: heads, the
+  MLP's inner width and the vocabulary are split where `parts` divides them,
+  and whole on every device where it does not (key-value heads, often fewer
+  than devices, for themselves). Nothing is split over DATA.
+  """
+  split = lambda size: None if size % parts else DICT
+  q, k, m = split(cfg.heads), split(cfg.kv_heads), split(cfg.d_mlp)
+  vocab = split(cfg.vocab)
+  out = {'q': q, 'k': k, 'v': k, 'gate': m, 'up': m}  # axis of the columns
+  into = {'w_o': q, 'w_down': m}  # axis of the rows
+
+  def spec(name: str) -> jax.P:
+    kind, _, part = name.partition('_')
+    if name in into:
+      return jax.P(into[name], None)
+    if kind == 'w':
+      return jax.P(None, out[part])
+    return jax.P(out.get(part) if kind == 'b' else None)
+
+  tree = shapes(cfg)
+  layers = [{name: spec(name) for name in layer} for layer in tree['layers']]
+  ends = {'embed': jax.P(vocab, None), 'unembed': jax.P(None, vocab)}
+  ends['final_norm'] = jax.P(None)
+  return {name: ends[name] for name in tree if name != 'layers'} | {
+    'layers': layers
+  }
 
 
 @functools.partial(jax.jit, static_argnames='cfg')

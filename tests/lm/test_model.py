@@ -129,6 +129,31 @@ def test_under_an_explicit_mesh(params, spec):
   )
 
 
+def test_specs_split_what_divides():
+  cfg = dataclasses.replace(
+    CFG, qkv_bias=True, out_bias=True, qk_norm=True, tied=False, vocab=52
+  )
+  is_leaf = lambda x: isinstance(x, tuple | jax.P)
+  form = lambda tree: jax.tree.structure(tree, is_leaf=is_leaf)
+  for parts in (1, 2, 4, 8):
+    got, want = model.specs(cfg, parts), model.shapes(cfg)
+    assert form(got) == form(want)
+    layer, heads = got['layers'][1], 'dict' if parts < 8 else None
+    kv = 'dict' if parts < 4 else None
+    assert layer['w_q'] == jax.P(None, heads)
+    assert layer['b_q'] == jax.P(heads)
+    assert layer['w_o'] == jax.P(heads, None)
+    assert layer['w_k'] == layer['w_v'] == jax.P(None, kv)
+    assert layer['b_k'] == layer['b_v'] == jax.P(kv)
+    assert layer['w_up'] == layer['w_gate'] == jax.P(None, heads)
+    assert layer['w_down'] == jax.P(heads, None)  # 20 divides as 4 heads do
+    for name in ('attn_norm', 'mlp_norm', 'q_norm', 'k_norm', 'b_o'):
+      assert layer[name] == jax.P(None)
+    assert got['embed'] == jax.P(heads, None)  # and 52 likewise
+    assert got['unembed'] == jax.P(None, heads)
+    assert got['final_norm'] == jax.P(None)
+
+
 def test_no_token_sees_the_next_one(params):
   changed = TOKENS.copy()
   changed[:, 5] = (changed[:, 5] + 1) % 50
