@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.lm.attention import attention, rotation
 from sae_jax.lm.config import LMConfig
+from sae_jax.lm.layers import linear, lookup, mlp, norm, unembed
 from sae_jax.parallel.mesh import DICT
 
 Params = dict[str, Any]
@@ -111,131 +113,28 @@ def _walk(
 
   Work happens between two yields, so whoever stops asking stops computing.
   """
-  x = _lookup(params['embed'], tokens).astype(dtype)
+  x = lookup(params['embed'], tokens).astype(dtype)
   if cfg.embed_scale is not None:
     # Gemma rounds the scale to the working precision: 34.0 for bfloat16, 1152
     x = x * jnp.asarray(cfg.embed_scale, dtype)
+  turns = {local: rotation(cfg, local, x.shape[1]) for local in (False, True)}
   for i, p in enumerate(params['layers']):
     x = yield f'layer_{i}.resid_pre', x
-    heads = _attention(p, cfg, i, _norm(p['attn_norm'], cfg, x))
+    turn = turns[cfg.window(i) is not None]
+    heads = attention(p, cfg, i, norm(p['attn_norm'], cfg, x), turn)
     z = yield f'layer_{i}.attn_z', heads
-    out = _linear(p, 'o', z)
+    out = linear(p, 'o', z)
     if cfg.post_norms:
-      out = _norm(p['attn_post_norm'], cfg, out)
+      out = norm(p['attn_post_norm'], cfg, out)
     out = yield f'layer_{i}.attn_out', out
     x = x + out
-    y = yield f'layer_{i}.mlp_in', _norm(p['mlp_norm'], cfg, x)
-    out = _mlp(p, cfg, y)
+    y = yield f'layer_{i}.mlp_in', norm(p['mlp_norm'], cfg, x)
+    out = mlp(p, cfg, y)
     if cfg.post_norms:
-      out = _norm(p['mlp_post_norm'], cfg, out)
+      out = norm(p['mlp_post_norm'], cfg, out)
     out = yield f'layer_{i}.mlp_out', out
     x = yield f'layer_{i}.resid_post', x + out
-  yield 'logits', _unembed(params, cfg, x)
-
-
-def _lookup(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-  """embed[tokens], laid over the mesh as the tokens are."""
-  sharding = jax.typeof(tokens).sharding
-  out = None if sharding.mesh.empty else jax.P(*sharding.spec, None)
-  return embed.at[tokens].get(mode='clip', out_sharding=out)
-
-
-def _norm(w: jax.Array, cfg: LMConfig, x: jax.Array) -> jax.Array:
-  """RMSNorm over the last axis, in float32."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + cfg.norm_eps)
-  gain = w.astype(jnp.float32) + (1.0 if cfg.norm_plus_one else 0.0)
-  return (y * gain).astype(x.dtype)
-
-
-def _linear(p: Params, name: str, x: jax.Array) -> jax.Array:
-  """x W, plus the bias where the layer has one."""
-  y = _product('btd,de->bte', x, p[f'w_{name}'].astype(x.dtype))
-  if f'b_{name}' in p:
-    y = y + p[f'b_{name}'].astype(jnp.float32)
-  return y.astype(x.dtype)
-
-
-# Sums in float32 whatever the factors are. Besides being exact it is what the
-# compiler has a fast bfloat16 kernel for on CPUs with AMX: 1650 GFLOP/s on two
-# cores against 250 with a bfloat16 result (jax 0.10.2).
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-def _attention(p: Params, cfg: LMConfig, layer: int, x: jax.Array) -> jax.Array:
-  """Causal grouped-query attention up to the heads' outputs.
-
-  x [B, T, d] -> [B, T, heads * head_dim]; heads share keys in groups G:
-  query head k * G + g reads key-value head k.
-  """
-  B, T, _ = x.shape
-  K, h = cfg.kv_heads, cfg.head_dim
-  G = cfg.heads // K
-  q = _linear(p, 'q', x).reshape(B, T, K, G, h)
-  k = _linear(p, 'k', x).reshape(B, T, K, 1, h)
-  v = _linear(p, 'v', x).reshape(B, T, K, h)
-  if cfg.qk_norm:
-    q, k = _norm(p['q_norm'], cfg, q), _norm(p['k_norm'], cfg, k)
-  turn = _rotation(cfg, layer, T)
-  q, k = _rotate(q, *turn), _rotate(k, *turn)[:, :, :, 0]
-  scores = _product('btkgh,bskh->bkgts', q, k)
-  scores = _softcap(scores * cfg.attention_scale(), cfg.attn_softcap)
-  behind = np.arange(T)[:, None] - np.arange(T)  # how far back the key lies
-  seen = behind >= 0
-  if (window := cfg.window(layer)) is not None:
-    seen &= behind < window
-  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-  z = _product('bkgts,bskh->btkgh', weights.astype(x.dtype), v)
-  return z.reshape(B, T, cfg.heads * h).astype(x.dtype)
-
-
-def _rotation(cfg: LMConfig, layer: int, T: int):
-  """cos, sin [T, head_dim / 2] float32 of the rotary embedding of a layer."""
-  local = cfg.window(layer) is not None and cfg.rope_local_base is not None
-  base = cfg.rope_local_base if local else cfg.rope_base
-  half = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim
-  frequency = 1.0 / np.float32(base) ** half
-  s = cfg.rope_scaling
-  if s is not None and not local:
-    if s.kind == 'linear':
-      frequency = frequency / s.factor
-    else:
-      # Turns made within the first training length; at most low_freq_factor
-      # of them: stretched by the factor, at least high_freq_factor: kept.
-      turns = s.original_length * frequency / (2 * np.pi)
-      span = s.high_freq_factor - s.low_freq_factor
-      keep = np.clip((turns - s.low_freq_factor) / span, 0, 1)
-      frequency = frequency * (keep + (1 - keep) / s.factor)
-  angle = np.outer(np.arange(T), frequency).astype(np.float32)
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns x [B, T, K, G, h] by position; pairs are (i, i + h/2)."""
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, None, None], sin[:, None, None]
-  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-  return turned.astype(x.dtype)
-
-
-def _mlp(p: Params, cfg: LMConfig, x: jax.Array) -> jax.Array:
-  gate = _linear(p, 'gate', x)
-  if cfg.mlp == 'silu':
-    gate = jax.nn.silu(gate)
-  else:
-    gate = jax.nn.gelu(gate, approximate=True)
-  return _linear(p, 'down', gate * _linear(p, 'up', x))
-
-
-def _unembed(params: Params, cfg: LMConfig, x: jax.Array) -> jax.Array:
-  x = _norm(params['final_norm'], cfg, x)
-  spec, w = ('btd,vd->btv', 'embed') if cfg.tied else ('btd,dv->btv', 'unembed')
-  logits = _product(spec, x, params[w].astype(x.dtype))
-  return _softcap(logits, cfg.final_softcap)
-
-
-def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  return x if cap is None else cap * jnp.tanh(x / cap)
+  yield 'logits', unembed(params, cfg, x)
 
 
 def shapes(cfg: LMConfig) -> Params:
