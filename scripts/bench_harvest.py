@@ -281,9 +281,7 @@ def cpu() -> str:
   """The processor's name and how many cores this process may use."""
   found = None
   with contextlib.suppress(OSError):  # /proc is Linux's
-    found = re.search(
-      r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()
-    )
+    found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
   name = found[1] if found else 'unknown processor'
   return f'{name}, {len(os.sched_getaffinity(0))} cores'
 

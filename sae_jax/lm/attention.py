@@ -14,8 +14,13 @@ import numpy as np
 from sae_jax.lm.config import LMConfig
 from sae_jax.lm.layers import layout, linear, norm, product, softcap
 
-BLOCK = 128  # least queries of a block
-BLOCKS = 8  # most blocks: each is compiled by itself
+# Queries worked on at once; and stretches of queries, each with keys of its own
+# and compiled by itself: more of them save products (one computes the whole
+# square, eight 9/16 of it) and take longer to compile.
+BLOCK, STRETCHES = 128, 8
+# A key that is not seen. Finite, so that a padded query that sees none has no
+# NaN; exp of it is 0 beside any score.
+UNSEEN = -1e30
 
 Turn = tuple[jax.Array, jax.Array]  # cos, sin [T, head_dim / 2] float32
 
@@ -25,55 +30,85 @@ def attention(
 ) -> jax.Array:
   """Attention of a layer up to the heads' outputs.
 
-  x [B, T, d] -> [B, T, heads * head_dim]; heads share keys in groups G:
-  query head k * G + g reads key-value head k.
+  x [B, T, d] -> [B, T, heads * head_dim], split over heads as w_q is. Heads
+  share keys in groups G: query head k * G + g reads key-value head k.
   """
   q, k, v = _heads(p, cfg, x)
   if cfg.qk_norm:
     q, k = norm(p['q_norm'], cfg, q), norm(p['k_norm'], cfg, k)
-  q = jnp.transpose(_rotate(q, turn, cfg.attention_scale()), (0, 2, 3, 1, 4))
+  q = _rotate(q, turn, cfg.attention_scale())
+  q = jnp.transpose(q, (0, 2, 3, 1, 4))  # [B, K, G, T, h]: plain products
   k = jnp.transpose(_rotate(k, turn)[:, :, :, 0], (0, 2, 1, 3))
   v = jnp.transpose(v[:, :, :, 0], (0, 2, 1, 3))
-  B, T, _ = x.shape
-  size = max(BLOCK, -(-T // BLOCKS))
-  window = cfg.window(layer)
-  z = []
-  for low in range(0, T, size):
-    high = min(low + size, T)
-    first = 0 if window is None else max(0, low - window + 1)
-    seen = _seen(low, high, first, window)
-    keys, values = k[:, :, first:high], v[:, :, first:high]
-    z.append(_mix(q[:, :, :, low:high], keys, values, seen, cfg.attn_softcap))
-  z = jnp.concatenate(z, axis=3) if len(z) > 1 else z[0]
-  z = jnp.transpose(z, (0, 3, 1, 2, 4))
-  return z.reshape(B, T, cfg.heads * cfg.head_dim)
+  z = _blocks(q, k, v, cfg.window(layer), cfg.attn_softcap)
+  return jnp.transpose(z, (0, 3, 1, 2, 4)).reshape(*x.shape[:2], -1)
 
 
-def _heads(p, cfg: LMConfig, x: jax.Array):
-  """q [B, T, K, G, h] and k, v [B, T, K, 1, h].
+def _heads(
+  p: dict[str, jax.Array], cfg: LMConfig, x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """q [B, T, K, G, h] and k, v [B, T, K, 1, h], split over K as w_q is.
 
-  Where a mesh splits the query heads further than there are key-value heads,
-  those are repeated until K is a multiple of the parts.
+  K is the number of key-value heads; where the query heads are split into more
+  parts than those can be, they are repeated until the parts divide K.
   """
-  B, T, _ = x.shape
-  K, h = cfg.kv_heads, cfg.head_dim
   q, k, v = (linear(p, name, x) for name in 'qkv')
-  k, v = k.reshape(B, T, K, 1, h), v.reshape(B, T, K, 1, h)
-  return q.reshape(B, T, K, cfg.heads // K, h), k, v
+  lies, parts, out = layout(q), 1, None
+  if lies and lies[-1] is not None:
+    parts = jax.typeof(q).sharding.mesh.shape[lies[-1]]
+  if lies:
+    out = jax.P(*lies, None, None)
+  K = math.lcm(cfg.kv_heads, parts)
+  shape = (*x.shape[:2], K, cfg.heads // K, cfg.head_dim)
+
+  def split(y: jax.Array) -> jax.Array:
+    if K == cfg.kv_heads:
+      shape = (*x.shape[:2], K, 1, cfg.head_dim)
+      return jnp.reshape(y, shape, out_sharding=out)
+    y = y.reshape(*x.shape[:2], cfg.kv_heads, 1, cfg.head_dim)
+    return jax.reshard(jnp.repeat(y, K // cfg.kv_heads, axis=2), out)
+
+  return jnp.reshape(q, shape, out_sharding=out), split(k), split(v)
 
 
-def _seen(low: int, high: int, first: int, window: int | None) -> np.ndarray:
-  """[high - low, high - first]: which keys the queries of a block see."""
-  behind = np.arange(low, high)[:, None] - np.arange(first, high)
-  return (behind >= 0) & (behind < (window or high))
+def _blocks(q, k, v, window: int | None, cap: float | None) -> jax.Array:
+  """_mix of all queries [B, K, G, T, h] with the keys [B, K, T, h] they see."""
+  T = q.shape[3]
+  block = min(BLOCK, T)
+  q = jnp.pad(q, [(0, 0)] * 3 + [(0, -T % block), (0, 0)])
+  stretch = block * -(-T // (block * STRETCHES))
+  z = []
+  for low in range(0, T, stretch):
+    high = min(low + stretch, q.shape[3])
+    first = 0 if window is None else max(0, low - window + 1)
+    keys, values = k[:, :, first:high], v[:, :, first:high]
+
+    def mix(start, keys=keys, values=values, first=first):
+      part = jax.lax.dynamic_slice_in_dim(q, start, block, axis=3)
+      return _mix(part, keys, values, start - first, window, cap)
+
+    if high - low == block:
+      z.append(mix(low))
+      continue
+    many = jax.lax.map(mix, jnp.arange(low, high, block))
+    z += [many[i] for i in range(len(many))]
+  return jnp.concatenate(z, axis=3)[:, :, :, :T]
 
 
-def _mix(q, k, v, seen, cap: float | None) -> jax.Array:
-  """softmax(q k) v: q [B, K, G, t, h], k and v [B, K, s, h] -> as q."""
+def _mix(q, k, v, start, window: int | None, cap: float | None) -> jax.Array:
+  """softmax(q k) v: q [B, K, G, t, h], k and v [B, K, s, h] -> as q.
+
+  start: place of the first query among the keys.
+  """
   scores = softcap(product('bkgth,bksh->bkgts', q, k), cap)
-  scores = jnp.where(seen, scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  weights = jnp.exp(scores - top)
+  at = lambda axis: jax.lax.broadcasted_iota(np.int32, scores.shape[-2:], axis)
+  behind = start + at(0) - at(1)  # how far back the key lies
+  seen = behind >= 0
+  if window is not None:
+    seen &= behind < window
+  scores = jnp.where(seen, scores, UNSEEN)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  # Dividing what comes out is h divisions a query instead of s.
   total = jnp.sum(weights, axis=-1, keepdims=True)
   z = product('bkgts,bksh->bkgth', weights.astype(v.dtype), v)
   return (z / total).astype(v.dtype)

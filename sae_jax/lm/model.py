@@ -17,7 +17,14 @@ import numpy as np
 from sae_jax.errors import UserError
 from sae_jax.lm.attention import attention, rotation
 from sae_jax.lm.config import LMConfig
-from sae_jax.lm.layers import linear, lookup, mlp, norm, unembed
+from sae_jax.lm.layers import (
+  linear,
+  lookup,
+  mlp,
+  norm,
+  rows_whole,
+  unembed,
+)
 from sae_jax.parallel.mesh import DICT
 
 Params = dict[str, Any]
@@ -55,6 +62,11 @@ def forward(
   effect). Softmax, norms and logits are float32 whatever `dtype` is. Under
   jit `cfg`, `sites`, `logits` and `dtype` are static.
 
+  Under an explicit mesh params lie as `specs` says and tokens P(DATA, None).
+  Every activation, and what an edit is given, is then P(DATA, None, None):
+  attn_z is gathered if it is asked for. A layer costs two all-reduces of
+  [B, T, d], after w_o and w_down; logits stay split over the vocabulary.
+
   Raises UserError for a site the model does not have.
   """
   edits = edits or {}
@@ -65,9 +77,9 @@ def forward(
   site, x = next(walk)
   while wanted:
     if site in edits:
-      x = edits[site](x)
+      x = edits[site](rows_whole(x))
     if site in wanted:
-      seen[site] = x
+      seen[site] = x if site == 'logits' else rows_whole(x)
       wanted.remove(site)
     if wanted:
       site, x = walk.send(x)
@@ -102,7 +114,9 @@ def site_width(cfg: LMConfig, site: str) -> int:
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   """Cross-entropy in nats, float32 [B, T-1], of predicting tokens[:, 1:]."""
   logits = logits[:, :-1].astype(jnp.float32)
-  right = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+  # A sum instead of a look-up: it works where the vocabulary is split.
+  at = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2)
+  right = jnp.where(at == tokens[:, 1:, None], logits, 0).sum(-1)
   return jax.nn.logsumexp(logits, axis=-1) - right
 
 
