@@ -136,9 +136,10 @@ def torch_llama(cfg, params):
     num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
     rms_norm_eps=cfg.norm_eps, max_position_embeddings=_LENGTH.value,
     rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base},
-    attn_implementation='sdpa', pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    pad_token_id=0, bos_token_id=0, eos_token_id=0,
   )  # fmt: skip
   llama = transformers.LlamaModel(hf).eval()
+  llama.set_attn_implementation('sdpa')
   name = {
     'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
     **{f'w_{x}': f'self_attn.{x}_proj' for x in 'qkvo'},
@@ -155,6 +156,7 @@ def torch_llama(cfg, params):
 
 def serve(side: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> None:
   """Writes the activations to --out, then answers each line with seconds."""
+  assert _OUT.value
   run, tokens = side(), make_tokens()
   np.save(_OUT.value, np.asarray(run(tokens), np.float32))
   print('ready', flush=True)

@@ -5,6 +5,7 @@ the products of the whole square, and never more than a block's scores in
 memory.
 """
 
+import functools
 import math
 
 import jax
@@ -81,11 +82,16 @@ def _blocks(q, k, v, window: int | None, cap: float | None) -> jax.Array:
   for low in range(0, T, stretch):
     high = min(low + stretch, q.shape[3])
     first = 0 if window is None else max(0, low - window + 1)
-    keys, values = k[:, :, first:high], v[:, :, first:high]
+    # Keys before the stretch need no mask, unless for a window; its own do.
+    keys = [
+      (x, k[:, :, x:y], v[:, :, x:y])
+      for x, y in ((first, low), (low, high))
+      if x < y
+    ]
 
-    def mix(start, keys=keys, values=values, first=first):
+    def mix(start, keys=keys):
       part = jax.lax.dynamic_slice_in_dim(q, start, block, axis=3)
-      return _mix(part, keys, values, start - first, window, cap)
+      return _mix(part, start, keys, window, cap)
 
     if high - low == block:
       z.append(mix(low))
@@ -95,23 +101,34 @@ def _blocks(q, k, v, window: int | None, cap: float | None) -> jax.Array:
   return jnp.concatenate(z, axis=3)[:, :, :, :T]
 
 
-def _mix(q, k, v, start, window: int | None, cap: float | None) -> jax.Array:
-  """softmax(q k) v: q [B, K, G, t, h], k and v [B, K, s, h] -> as q.
+def _mix(q, start, keys, window: int | None, cap: float | None) -> jax.Array:
+  """Softmax-weighted values of a block of queries, [B, K, G, t, h] as q.
 
-  start: place of the first query among the keys.
+  start: the first query's position. keys: consecutive pieces (position of the
+  first, k, v [B, K, s, h]), of which only the last has keys after a query.
   """
-  scores = softcap(product('bkgth,bksh->bkgts', q, k), cap)
-  at = lambda axis: jax.lax.broadcasted_iota(np.int32, scores.shape[-2:], axis)
-  behind = start + at(0) - at(1)  # how far back the key lies
-  seen = behind >= 0
-  if window is not None:
-    seen &= behind < window
-  scores = jnp.where(seen, scores, UNSEEN)
-  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  pieces = []
+  for at, k, v in keys:
+    scores = softcap(product('bkgth,bksh->bkgts', q, k), cap)
+    if window is not None or at == keys[-1][0]:
+      scores = jnp.where(_seen(scores, start - at, window), scores, UNSEEN)
+    pieces.append((scores, jnp.max(scores, axis=-1, keepdims=True), v))
+  top = functools.reduce(jnp.maximum, [most for _, most, _ in pieces])
+  z, total = jnp.zeros(()), jnp.zeros(())
+  for scores, _, v in pieces:
+    weights = jnp.exp(scores - top)
+    total = total + jnp.sum(weights, axis=-1, keepdims=True)
+    z = z + product('bkgts,bksh->bkgth', weights.astype(v.dtype), v)
   # Dividing what comes out is h divisions a query instead of s.
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  z = product('bkgts,bksh->bkgth', weights.astype(v.dtype), v)
-  return (z / total).astype(v.dtype)
+  return (z / total).astype(q.dtype)
+
+
+def _seen(scores: jax.Array, offset, window: int | None) -> jax.Array:
+  """Which of s keys t queries see, [t, s]; query 0 is at key `offset`."""
+  at = lambda axis: jax.lax.broadcasted_iota(np.int32, scores.shape[-2:], axis)
+  behind = offset + at(0) - at(1)  # how far back the key lies
+  seen = behind >= 0
+  return seen if window is None else seen & (behind < window)
 
 
 def rotation(cfg: LMConfig, local: bool, T: int) -> Turn:
