@@ -221,22 +221,3 @@ def init(key: jax.Array, cfg: LMConfig) -> Params:
       x = x.reshape(shape) / np.sqrt(shape[0])
     leaves.append(x)
   return jax.tree.unflatten(form, leaves)
-
-
-def specs(cfg: LMConfig) -> Params:
-  """The params' tree with a PartitionSpec in place of each array."""
-  parts = jax.sharding.get_mesh().shape['dict']
-  columns = {'w_q', 'w_k', 'w_v', 'w_gate', 'w_up', 'unembed'}
-  rows = {'w_o', 'w_down', 'embed'}
-
-  def spec(path, shape):
-    name = path[-1].key
-    if name in columns and shape[1] % parts == 0:
-      return jax.P(None, 'dict')
-    if name in rows and shape[0] % parts == 0:
-      return jax.P('dict', None)
-    return jax.P(*[None] * len(shape))
-
-  return jax.tree_util.tree_map_with_path(
-    spec, shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
-  )
