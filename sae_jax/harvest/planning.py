@@ -36,7 +36,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import differing_keys, least_rows, plan
 from sae_jax.store.sequences import Spool, spool
-from sae_jax.store.statistics import moments
+from sae_jax.store.statistics import Moments, merge_all, moments
 
 # Tokens run through the model to find the columns' offsets and scales of int8
 # rows: the standard deviation is then known to a percent.
@@ -235,17 +235,16 @@ def with_columns(
   if sample is not None:
     tokens = np.resize(sample, (count, T))  # a short text is repeated
   tokens = agreed(tokens, alone)
-  batches = [run(tokens[at : at + b]) for at in range(0, count, b)]
-  coded = []
-  for site in sites:
-    rows = [
-      np.asarray(out[site.name], np.float32).reshape(b, T, -1)[:, skip:]
-      for out in batches
-    ]
-    found = moments(np.concatenate(rows).reshape(-1, site.width))
-    offset, scale = quantise.columns(found)
-    coded.append(dataclasses.replace(site, offset=offset, scale=scale))
-  return coded
+  found: dict[str, list[Moments]] = {site.name: [] for site in sites}
+  for at in range(0, count, b):  # one at a time: they hold collectives
+    for name, rows in jax.device_get(run(tokens[at : at + b])).items():
+      kept = rows.reshape(b, T, -1)[:, skip:]
+      found[name].append(moments(kept.reshape(-1, kept.shape[-1])))
+  return [
+    dataclasses.replace(site, offset=offset, scale=scale)
+    for site in sites
+    for offset, scale in [quantise.columns(merge_all(found[site.name]))]
+  ]
 
 
 def identity(subject: Subject) -> dict[str, str]:

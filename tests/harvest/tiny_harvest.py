@@ -2,7 +2,7 @@
 
 As a program: `python tiny_harvest.py TEXT DIE [KEY=VALUE...] STORE...` harvests
 into each store; DIE is 'never', or 'rename:N' / 'write:N' to kill -9 itself
-there; KEY=VALUE changes the config.
+there; KEY=VALUE changes the config, processes=ADDRESS,N,I joins a job.
 """
 
 import os
@@ -19,6 +19,7 @@ from sae_jax.harvest.config import base_config
 from sae_jax.lm.config import LMConfig
 from sae_jax.lm.model import init
 from sae_jax.lm.subject import Subject, tokenizer_sha256
+from sae_jax.parallel.processes import start_processes
 from sae_jax.store.writer import StoreWriter
 
 CFG = LMConfig(
@@ -108,7 +109,11 @@ def main() -> None:
   planning.git_revision = lambda: 'test'
   die_at(death)
   changes = dict(word.split('=') for word in rest if '=' in word)
-  for folder in rest[len(changes) :]:
+  stores = rest[len(changes) :]
+  if job_of := changes.pop('processes', ''):
+    address, count, number = job_of.split(',')
+    start_processes(address, int(count), int(number))
+  for folder in stores:
     config = tiny_config(text_folder, folder)
     for key, value in changes.items():
       group, name = key.rpartition('.')[::2]

@@ -1,0 +1,186 @@
+"""Tasks and processes that write one store, meshes, int8: the same rows."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_harvest
+from tiny_harvest import SITES, tiny_config, tiny_subject, write_text
+
+from sae_jax.errors import UserError
+from sae_jax.harvest.job import harvest
+from sae_jax.store import reader
+from sae_jax.store.finish import finalize
+from sae_jax.store.manifest import read_manifest
+
+PROGRAM = Path(tiny_harvest.__file__)
+ROOT = PROGRAM.parents[2]
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('text')
+  write_text(folder)
+  return folder
+
+
+def start(text, store, *changes, death='never', devices=1):
+  words = [str(PROGRAM), str(text), death, *changes, str(store)]
+  env = os.environ | {
+    'PYTHONPATH': str(ROOT),
+    'JAX_NUM_CPU_DEVICES': str(devices),
+  }
+  return subprocess.Popen(
+    [sys.executable, *words], cwd=ROOT, env=env, stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+
+
+def end(*processes):
+  """Waits for processes that must all succeed."""
+  for process in processes:
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, error
+
+
+def contents(root):
+  return {
+    path.relative_to(root).as_posix(): path.read_bytes()
+    for path in root.rglob('*')
+    if path.is_file()
+  }
+
+
+def rows_of(root, site):
+  """Rows of a site by (sequence, position), and their number."""
+  shards = range(len(read_manifest(root).shards))
+  return {
+    (int(i), int(p)): row
+    for rows, tokens in reader.shard_blocks(root, site, shards)
+    for row, (i, p, _) in zip(rows, tokens, strict=True)
+  }
+
+
+def free_address():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{s.getsockname()[1]}'
+
+
+@pytest.mark.slow
+def test_tasks_at_once_and_killed_give_the_bytes_of_one(tmp_path, text):
+  end(start(text, tmp_path / 'one'))
+  store = tmp_path / 'many'
+  killed = start(text, store, 'task=2/3', death='write:3')
+  others = [start(text, store, f'task={i}/3') for i in range(2)]
+  end(*others)
+  killed.communicate()
+  assert killed.returncode == -signal.SIGKILL
+  with pytest.raises(UserError, match='1 of 5 shards .* .the first is 2.'):
+    finalize(store)
+  end(start(text, store, 'task=2/3'))
+  assert contents(store) == contents(tmp_path / 'one')
+  # Once more: a complete store is left alone by every task.
+  end(start(text, store, 'task=1/3'))
+  assert contents(store) == contents(tmp_path / 'one')
+
+
+@pytest.mark.slow
+def test_processes_of_one_job_are_tasks(tmp_path, text):
+  end(start(text, tmp_path / 'one'))
+  job = f'processes={free_address()},2'
+  end(*(start(text, tmp_path / 'two', f'{job},{i}') for i in range(2)))
+  assert contents(tmp_path / 'two') == contents(tmp_path / 'one')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+def test_a_mesh_over_two_processes(tmp_path, text, dtype):
+  """Both compute every batch together, each writes its own shards."""
+  same = ['harvest.batch_sequences=4', f'store.dtype={dtype}']
+  end(start(text, tmp_path / 'one', *same))
+  mesh = [*same, 'mesh.data=2', 'mesh.dict=2']
+  job = f'processes={free_address()},2'
+  end(*(
+    start(text, tmp_path / 'two', *mesh, f'{job},{i}', devices=2)
+    for i in range(2)
+  ))  # fmt: skip
+  for site in SITES:
+    one, two = (rows_of(tmp_path / name, site) for name in ('one', 'two'))
+    assert one.keys() == two.keys() and len(one) == 300
+    apart = np.abs(np.stack(list(one.values())) - [two[k] for k in one])
+    # int8: half of a row may be rounded to the next step.
+    assert apart.max() < (1e-5 if dtype == 'float32' else 0.1)
+
+
+@pytest.mark.parametrize('data, dict_', [(2, 4), (1, 2)])
+def test_a_mesh_gives_the_rows_of_one_device(tmp_path, text, data, dict_):
+  for name in ('one', 'mesh'):
+    config = tiny_config(text, tmp_path / name)
+    config.harvest.batch_sequences = 4
+    if name == 'mesh':
+      config.mesh.data, config.mesh.dict = data, dict_
+    assert jax.device_count() == 8
+    harvest(config, tiny_subject())
+  for site in SITES:
+    one, two = (rows_of(tmp_path / name, site) for name in ('one', 'mesh'))
+    for key, row in one.items():
+      np.testing.assert_allclose(two[key], row, atol=1e-5)
+
+
+def test_int8_rows_are_the_float32_rows_to_half_a_step(tmp_path, text):
+  found = {}
+  for dtype in ('float32', 'int8'):
+    config = tiny_config(text, tmp_path / dtype)
+    config.store.dtype = dtype
+    manifest = harvest(config, tiny_subject())
+    found[dtype] = {site: rows_of(tmp_path / dtype, site) for site in SITES}
+  for site in SITES:
+    exact = np.stack(list(found['float32'][site].values()))
+    coded = np.stack([found['int8'][site][k] for k in found['float32'][site]])
+    assert coded.dtype == np.float32
+    codes = manifest.site(site)
+    offset, scale = np.array(codes.offset), np.array(codes.scale)
+    y = (exact - offset) / scale
+    step = np.abs(y).max(1, keepdims=True) / 127
+    assert (np.abs((coded - exact) / scale) <= 0.501 * step).all()
+    centred = np.square(exact - exact.mean(0)).sum()
+    assert np.square(coded - exact).sum() / centred < 1e-3
+    # The statistics are those of the rows as they are read.
+    everything = coded.astype(np.float64)
+    np.testing.assert_allclose(
+      manifest.site(site).all_mean, everything.mean(0), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_a_second_harvest_of_a_shard_is_refused(tmp_path, text):
+  first = start(text, tmp_path / 's', 'harvest.rows=300', death='never')
+  seen = tmp_path / 's' / 'tokens'
+  deadline = time.monotonic() + 60
+  while not list(seen.glob('*.tmp')) and time.monotonic() < deadline:
+    if first.poll() is not None:
+      break
+    time.sleep(0.001)
+  first.send_signal(signal.SIGSTOP)
+  try:
+    if list(seen.glob('*.tmp')):
+      with pytest.raises(UserError, match='another harvest is writing'):
+        harvest(tiny_config(text, tmp_path / 's'), tiny_subject())
+  finally:
+    first.send_signal(signal.SIGCONT)
+  end(first)
+
+
+@pytest.mark.parametrize('task', ['1', '2/2', 'a/b', '-1/2', '0/0'])
+def test_tasks_that_are_none(tmp_path, text, task):
+  config = tiny_config(text, tmp_path / 's')
+  config.task = task
+  with pytest.raises(UserError, match='write i/n'):
+    harvest(config, tiny_subject())
