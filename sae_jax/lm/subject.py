@@ -17,8 +17,6 @@ from sae_jax.lm.config import LMConfig
 from sae_jax.lm.model import Params
 from sae_jax.lm.tokens import tokenizer_sha256
 
-__all__ = ['Subject', 'load_subject', 'tokenizer_sha256', 'weights_sha256']
-
 KINDS = ('gguf', 'hf', 'hub')
 
 
