@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from sae_jax import cli
 from sae_jax.errors import UserError
@@ -76,9 +77,10 @@ def main() -> None:
 def ours() -> Callable[[np.ndarray], np.ndarray]:
   import jax
 
-  from sae_jax.lm import gguf, model
+  from sae_jax.lm import model
+  from sae_jax.lm.subject import load_subject
 
-  subject = gguf.load(_MODEL.value, _DTYPE.value)
+  subject = load_subject(ConfigDict({'path': _MODEL.value}), _DTYPE.value)
   site = f'layer_{_LAYER.value}.resid_post'
   model.check_sites(subject.cfg, (site,))
 
@@ -96,10 +98,10 @@ def ours() -> Callable[[np.ndarray], np.ndarray]:
 def theirs() -> Callable[[np.ndarray], np.ndarray]:
   import torch
 
-  from sae_jax.lm import gguf
+  from sae_jax.lm.subject import load_subject
 
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  subject = gguf.load(_MODEL.value)
+  subject = load_subject(ConfigDict({'path': _MODEL.value}))
   llama = torch_llama(subject.cfg, subject.params).to(
     getattr(torch, _DTYPE.value)
   )
@@ -136,7 +138,8 @@ def torch_llama(cfg, params):
     num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
     rms_norm_eps=cfg.norm_eps, max_position_embeddings=_LENGTH.value,
     rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base},
-    attn_implementation='sdpa', pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    **{'attn_implementation': 'sdpa'},  # no parameter for a type checker
   )  # fmt: skip
   llama = transformers.LlamaModel(hf).eval()
   name = {
@@ -156,7 +159,7 @@ def torch_llama(cfg, params):
 def serve(side: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> None:
   """Writes the activations to --out, then answers each line with seconds."""
   run, tokens = side(), make_tokens()
-  np.save(_OUT.value, np.asarray(run(tokens), np.float32))
+  np.save(str(_OUT.value), np.asarray(run(tokens), np.float32))
   print('ready', flush=True)
   for _ in sys.stdin:
     run(tokens)  # caches and threads are warm again

@@ -173,7 +173,7 @@ def test_a_trainer_waits_saves_and_stops_when_asked(tmp_path):
       lines.append(line)
       if 'waiting for the harvest: shard' in line:
         break
-    step = run / 'checkpoints' / '10'  # 4 shards of 2 batches: all there is
+    step = run / 'checkpoints' / '8'  # of windows of 2 shards, two are whole
     deadline = time.monotonic() + 60
     while not step.exists() and time.monotonic() < deadline:
       time.sleep(0.05)
