@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -132,15 +133,15 @@ def torch_llama(cfg, params):
 
   if cfg.rope_scaling or cfg.sliding_window:
     raise UserError('--model: only a plain Llama can be built in transformers')
-  hf = transformers.LlamaConfig(
+  settings: dict[str, Any] = dict(
     vocab_size=cfg.vocab, hidden_size=cfg.d_model, head_dim=cfg.head_dim,
     intermediate_size=cfg.d_mlp, num_hidden_layers=cfg.layers,
     num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
     rms_norm_eps=cfg.norm_eps, max_position_embeddings=_LENGTH.value,
     rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base},
-    pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    **{'attn_implementation': 'sdpa'},  # no parameter for a type checker
+    attn_implementation='sdpa', pad_token_id=0, bos_token_id=0, eos_token_id=0,
   )  # fmt: skip
+  hf = transformers.LlamaConfig(**settings)
   llama = transformers.LlamaModel(hf).eval()
   name = {
     'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',

@@ -18,6 +18,7 @@ from absl import flags
 from sae_jax import cli
 from sae_jax.errors import UserError
 from sae_jax.paths import cache_dir, write_atomic
+from sae_jax.store.manifest import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 _BUDGET = flags.DEFINE_enum(
@@ -61,7 +62,8 @@ def main() -> None:
 def harvest(changes: dict) -> tuple[str, Stage]:
   """The store's folder, and what making it took."""
   config = ['configs/harvest.py:smollm2', *overrides(changes)]
-  store = cache_dir('stores', f'quickstart-{digest("harvest", config)}')
+  name = digest('harvest', VERSION, config)
+  store = cache_dir('stores', f'quickstart-{name}')
   # Run even when the store is there: it looks whether all of it is.
   there = (Path(store) / 'manifest.json').exists()
   stage = run_stage(

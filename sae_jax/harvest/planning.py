@@ -66,8 +66,8 @@ def begin(
   lead = alone or jax.process_index() == 0
   manifest = None
   with new_folder(root) if lead else contextlib.nullcontext():
-    if lead:
-      manifest = existing(root, config, text, subject)
+    if lead and (manifest := existing(root, config, text, subject)):
+      manifest = with_budget(root, manifest, config)
     # All must know whether there is a sample to compute together.
     if not agreed(np.bool_(manifest is not None), alone):
       length = config.harvest.sequence_length
@@ -90,7 +90,7 @@ def agreed(value: np.ndarray | np.bool_, alone: bool) -> np.ndarray:
 def existing(
   root: Path, config: Config, text: Text, subject: Subject | None
 ) -> Manifest | None:
-  """The manifest in the folder, with this harvest's budget.
+  """The manifest in the folder, if there is one.
 
   Raises UserError when it is of another config, text or model.
   """
@@ -105,11 +105,16 @@ def existing(
     keys += [f'model ({key})' for key in differing_keys(old.model, model)]
   if keys:
     raise another_harvest(root, keys)
-  budget = dict(
-    keep_bytes=config.store.keep_bytes, trainers=config.store.trainers
+  return old
+
+
+def with_budget(root: Path, manifest: Manifest, config: Config) -> Manifest:
+  """Lets a harvest that goes on have another budget than when it began."""
+  c = config.store
+  new = dataclasses.replace(
+    manifest, keep_bytes=c.keep_bytes, trainers=c.trainers
   )
-  new = dataclasses.replace(old, **budget)
-  if new != old:
+  if new != manifest:
     write_manifest(root, new)
   return new
 

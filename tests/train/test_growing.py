@@ -15,10 +15,13 @@ from train_runs import D, command, overrides, planted_rows
 
 from sae_jax.errors import UserError
 from sae_jax.store import budget
+from sae_jax.store.batches import BatchSource
 from sae_jax.store.create import create, new_folder, write_arrays
 from sae_jax.store.manifest import Site, read_manifest, shard_bytes
 from sae_jax.store.plan import pack_keep, plan
 from sae_jax.store.writer import open_writer
+from sae_jax.train import growing
+from sae_jax.train.config import base_config
 
 ROOT = Path(__file__).parents[2]
 SITE, ROWS, SHARD, BATCH = 'layer_0.resid_post', 64 * 128, 128, 64
@@ -190,6 +193,28 @@ def test_a_budget_that_is_too_small_is_refused(tmp_path):
   with pytest.raises(UserError, match=f'are {LEAST:,} bytes'):
     budget.check_budget(manifest, window=2, checkpoint_rows=4 * SHARD)
   budget.check_budget(manifest, window=1, checkpoint_rows=4 * SHARD)
+
+
+@pytest.mark.parametrize(
+  'key, value, message',
+  [
+    ('train.keep_rows', 64, 'train.keep_rows=64: .* set it to 0'),
+    ('train.rows', 63 * SHARD + 1, 'is read once, .* give 8064 at most'),
+    ('store.window', 3, 'two windows of 3'),
+    ('train.keep', 3, 'and 6 shards between'),
+  ],
+)
+def test_runs_that_a_budget_cannot_feed(tmp_path, key, value, message):
+  begin(tmp_path / 'store')
+  source = BatchSource(tmp_path / 'store', SITE, BATCH, seed=0, window=2)
+  config = base_config()
+  config.store.window, config.train.rows = 2, 63 * SHARD
+  config.train.keep, config.train.save_rows = 2, 4 * BATCH
+  growing.check(config, source)
+  block, _, name = key.partition('.')
+  config[block][name] = value
+  with pytest.raises(UserError, match=message):
+    growing.check(config, source)
 
 
 def test_what_may_be_written_depends_on_numbers_alone(tmp_path):
