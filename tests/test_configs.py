@@ -54,9 +54,9 @@ def test_every_training_recipe_is_valid(recipe):
   assert config.optim.warmup_rows + config.optim.decay_rows <= config.train.rows
 
 
-@pytest.mark.parametrize('recipe', ['smollm2', 'tiny'])
+@pytest.mark.parametrize('recipe', ['smollm2', 'tiny', 'gemma_scope'])
 def test_every_harvest_recipe_is_valid(recipe):
-  check_config(_load(f'harvest.py:{recipe}'))
+  check_config(_load(f'harvest.py:{recipe}', store__path='/somewhere'))
 
 
 def test_no_recipe_is_left_out_here():
