@@ -20,6 +20,7 @@ from sae_jax.store import reader
 from sae_jax.store.finish import finalize
 from sae_jax.store.manifest import read_manifest
 
+pytestmark = pytest.mark.smoke
 PROGRAM = Path(tiny_harvest.__file__)
 ROOT = PROGRAM.parents[2]
 

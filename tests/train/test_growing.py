@@ -23,6 +23,7 @@ from sae_jax.store.writer import open_writer
 from sae_jax.train import growing
 from sae_jax.train.config import base_config
 
+pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).parents[2]
 SITE, ROWS, SHARD, BATCH = 'layer_0.resid_post', 64 * 128, 128, 64
 HARVESTED = {1: 'layer_1.resid_post', 2: 'layer_0.attn_z'}  # by trainer
