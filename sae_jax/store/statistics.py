@@ -31,19 +31,18 @@ def moments(rows: np.ndarray, near: np.ndarray | None = None) -> Moments:
   """
   n, width = rows.shape
   step = max(_PIECE // width, 1)
-  if near is None:
-    near = rows[:step].astype(np.float64).mean(0)
+  guess = rows[:step].astype(np.float64).mean(0) if near is None else near
   total, squares = np.zeros(width), np.zeros(width)
   x = np.empty((min(step, n), width))
   for at in range(0, n, step):
     piece = rows[at : at + step]
     x = x[: len(piece)]
     np.copyto(x, piece)
-    x -= near
+    x -= guess
     total += np.add.reduce(x, 0)
     squares += np.einsum('ij,ij->j', x, x)
   off = total / n
-  return Moments(n, near + off, np.maximum(squares - off * total, 0))
+  return Moments(n, guess + off, np.maximum(squares - off * total, 0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -47,6 +47,7 @@ from sae_jax.store.shard import (
   FullShard,
   finish_shard,
   pages,
+  place_rows,
   rows_in,
   temporary,
 )
@@ -136,8 +137,8 @@ class StoreWriter:
       values = rows[site.name]
       if site.dtype == 'int8':
         values, scales = quantise.encode(values, *column_codes(site))
-        self._open[scale_part(site.name)][place] = scales
-      self._open[site_part(site.name)][place] = values
+        place_rows(self._open[scale_part(site.name)], place, scales)
+      place_rows(self._open[site_part(site.name)], place, values)
     self._placed += count
     if self._placed == self.manifest.shards[shard].rows:
       self._finish_shard()
@@ -147,7 +148,8 @@ class StoreWriter:
       raise ValueError(f'shard {shard} begun before {self._shard} was full')
     await_room(self.root, self.manifest, shard, self._pause)
     rows = self.manifest.shards[shard].rows
-    self._place = np.argsort(shard_order(rows, self.manifest.seed, shard))
+    self._place = np.empty(rows, np.int64)
+    self._place[shard_order(rows, self.manifest.seed, shard)] = np.arange(rows)
     self._shard, self._placed = shard, 0
     self._memory, at = self._take_memory(shard), 0
     for part in row_parts(self.manifest):
