@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from sae_jax.store import memory
 from sae_jax.store.batches import BatchSource, train_batches
 from sae_jax.store.create import write_arrays
 from sae_jax.store.memory import Pool
@@ -16,8 +17,12 @@ def address(array):
   return array.__array_interface__['data'][0]
 
 
-def test_memory_comes_back_when_the_last_reference_goes():
-  pool = Pool()
+def test_memory_comes_back_when_the_last_reference_goes(monkeypatch):
+  pool, made = Pool(), []
+  anonymous = memory.anonymous
+  monkeypatch.setattr(
+    memory, 'anonymous', lambda size: made.append(size) or anonymous(size)
+  )
   array = pool.empty(SHAPE, FLOAT)
   assert array.shape == SHAPE and array.dtype == FLOAT
   first, part = address(array), array[3:5, ::2]
@@ -25,7 +30,7 @@ def test_memory_comes_back_when_the_last_reference_goes():
   other = pool.empty(SHAPE, FLOAT)
   assert address(other) != first
   del part
-  assert address(pool.empty(SHAPE, FLOAT)) == first
+  assert address(pool.empty(SHAPE, FLOAT)) == first and len(made) == 2
 
 
 @pytest.mark.parametrize(
