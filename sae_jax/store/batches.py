@@ -21,6 +21,7 @@ from sae_jax.store.manifest import (
   read_manifest,
   site_part,
 )
+from sae_jax.store.memory import Pool
 from sae_jax.store.order import block_order
 from sae_jax.store.records import finished_files
 
@@ -77,6 +78,7 @@ class BatchSource:
       )
     # A window's files are open at a time, and those of the next.
     self._file = functools.lru_cache(maxsize=2 * window + 2)(self._open_file)
+    self._pool = Pool()
     self._finished: dict[int, dict[str, FileEntry]] = {}
     self._check_files()
 
@@ -144,19 +146,23 @@ class BatchSource:
 
   def __getitem__(self, i: int) -> np.ndarray:
     """Rows [batch_rows / processes, width] of batch i, in the stored dtype
-    (int8: float32). Waits for shards that are being written.
+    (int8: float32). Waits for shards that are being written. The memory is
+    used again once neither the array nor a view of it is referred to.
 
     Raises UserError naming the file and block that cannot be trusted.
     """
     block_rows = self.manifest.rows_per_block
-    blocks = self.batch_rows // block_rows
-    mine = blocks // self.processes
-    first = i * blocks + self.process * mine
-    out = np.empty((mine * block_rows, self.site.width), self.site.read_dtype)
-    for j in range(mine):
-      shard, block = self._locate(first + j)
-      rows = out[j * block_rows : (j + 1) * block_rows]
-      self._file(shard).read_into(block, rows)
+    count = self.batch_rows // block_rows
+    mine = count // self.processes
+    first = i * count + self.process * mine
+    places = [self._locate(first + j) for j in range(mine)]
+    blocks = [(self._file(shard), block) for shard, block in places]
+    for file, block in blocks:
+      file.announce(block)
+    shape = (mine * block_rows, self.site.width)
+    out = self._pool.empty(shape, self.site.read_dtype)
+    for j, (file, block) in enumerate(blocks):
+      file.read_into(block, out[j * block_rows : (j + 1) * block_rows])
     return out
 
   def _open_file(self, shard: int) -> ShardFile:

@@ -3,7 +3,10 @@
 Every block is checked on read.
 """
 
-import io
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +34,10 @@ class ShardFile:
   """One .bin file of a store with the checksums of its blocks.
 
   Opening raises UserError when a size or the checksums' own checksum differ
-  from the manifest; the file is not kept open, so threads need no lock.
-  `files` are the shard's entries where the manifest does not have them yet.
+  from the manifest. Threads need no lock. The file stays open from the first
+  read on, unless the store has a budget: a shard that is removed must give its
+  place on the disk back. `files` are the shard's entries where the manifest
+  does not have them yet.
   """
 
   def __init__(
@@ -47,6 +52,7 @@ class ShardFile:
     expected = file_entry(root, manifest, shard, name, files)
     self.path = root / name
     self.dtype, self.width = layout(manifest, part)
+    self._itemsize = self.dtype.itemsize  # on the disk
     self.rows = part_rows(manifest, part, shard)
     self.block_rows = manifest.rows_per_block
     self.blocks = -(-self.rows // self.block_rows)
@@ -57,6 +63,7 @@ class ShardFile:
     if xxhash.xxh3_64_hexdigest(raw) != expected.checksum:
       raise UserError(f'{sums}: checksum differs from the manifest: {MEND}')
     self.checksums = np.frombuffer(raw, '<u8')
+    self._keep_open, self._descriptor = not manifest.keep_bytes, -1
 
   def block_shape(self, block: int) -> tuple[int, int]:
     """(rows, width) of a block; the last one of a file may be shorter."""
@@ -66,12 +73,10 @@ class ShardFile:
   def read_into(self, block: int, out: np.ndarray) -> None:
     """Fills `out`, C-contiguous of `block_shape(block)`, checking the sum."""
     view = out.view(np.uint8).reshape(-1).data
-    offset = block * self.block_rows * self.width * self.dtype.itemsize
-    got = 0
-    with self._opened() as file:
-      file.seek(offset)
+    offset, got = self._offset(block), 0
+    with self._opened() as descriptor:
       while got < len(view):
-        n = file.readinto(view[got:])
+        n = os.preadv(descriptor, [view[got:]], offset + got)
         if not n:
           raise UserError(
             f'{self.path}: cut off at {offset + got:,} bytes, block {block} '
@@ -84,14 +89,40 @@ class ShardFile:
         f'{offset + len(view):,}) does not match its checksum: {MEND}'
       )
 
-  def _opened(self) -> io.FileIO:
+  def announce(self, block: int) -> None:
+    """Has the system read a block ahead; `read_into` will find it sooner."""
+    if hasattr(os, 'posix_fadvise'):  # not on macOS
+      rows, width = self.block_shape(block)
+      size = rows * width * self._itemsize
+      with self._opened() as descriptor:
+        os.posix_fadvise(
+          descriptor, self._offset(block), size, os.POSIX_FADV_WILLNEED
+        )
+
+  def _offset(self, block: int) -> int:
+    return block * self.block_rows * self.width * self._itemsize
+
+  @contextlib.contextmanager
+  def _opened(self) -> Iterator[int]:
+    if self._descriptor >= 0:
+      yield self._descriptor
+      return
     try:
-      return open(self.path, 'rb', buffering=0)
+      descriptor = os.open(self.path, os.O_RDONLY)
     except OSError as error:
       raise UserError(
         f'{self.path}: cannot be opened ({error.strerror}): was the store '
         'moved or deleted meanwhile?'
       ) from error
+    if self._keep_open:
+      weakref.finalize(self, os.close, descriptor)
+      self._descriptor = descriptor
+      yield descriptor
+      return
+    try:
+      yield descriptor
+    finally:
+      os.close(descriptor)
 
   def read(self, block: int) -> np.ndarray:
     """One block [rows, width]."""
@@ -119,6 +150,10 @@ class Int8File(ShardFile):
       root, manifest, scale_part(site.name), shard, files
     )
     self._columns = column_codes(site)
+
+  def announce(self, block: int) -> None:
+    self._steps.announce(block)
+    self._scales.announce(block)
 
   def read_into(self, block: int, out: np.ndarray) -> None:
     steps, scales = self._steps.read(block), self._scales.read(block)

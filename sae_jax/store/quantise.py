@@ -4,11 +4,14 @@ Outlier columns are 100 times the others, so columns are brought to one size
 first; what is left of a row goes on 255 even steps from -max to max.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from sae_jax.store.statistics import Moments
 
 _STEPS = 127
+_PIECE = 1 << 15  # numbers
 
 
 def columns(m: Moments) -> tuple[list[float], list[float]]:
@@ -24,11 +27,20 @@ def encode(
   rows: np.ndarray, offset: np.ndarray, scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """rows [n, width] -> (int8 [n, width], row scales float32 [n, 1])."""
-  y = (rows.astype(np.float32) - offset) / scale
-  row_scale = np.abs(y).max(axis=1, keepdims=True) / np.float32(_STEPS)
-  with np.errstate(invalid='ignore'):  # NaN rows are found by their scale
-    steps = np.rint(y / np.where(row_scale > 0, row_scale, 1))
-    return steps.astype(np.int8), row_scale
+  n, width = rows.shape
+  steps = np.empty((n, width), np.int8)
+  row_scale = np.empty((n, 1), np.float32)
+  for piece in _pieces(n, width):
+    y = rows[piece].astype(np.float32)
+    y -= offset
+    y /= scale
+    top = np.abs(y).max(1, keepdims=True) / np.float32(_STEPS)
+    row_scale[piece] = top
+    y /= np.where(top > 0, top, 1)
+    np.rint(y, out=y)
+    with np.errstate(invalid='ignore'):  # NaN rows are found by their scale
+      np.copyto(steps[piece], y, casting='unsafe')
+  return steps, row_scale
 
 
 def decode(
@@ -39,6 +51,15 @@ def decode(
   out: np.ndarray,
 ) -> None:
   """out [n, width] float32 = steps * row scale * scale + offset."""
-  np.multiply(steps, row_scale, out=out)
-  out *= scale
-  out += offset
+  for piece in _pieces(*steps.shape):
+    x = out[piece]
+    np.copyto(x, steps[piece])
+    x *= row_scale[piece]
+    x *= scale
+    x += offset
+
+
+def _pieces(n: int, width: int) -> Iterator[slice]:
+  """Rows to take at a time: they stay in cache from one pass to the next."""
+  step = max(_PIECE // width, 1)
+  return (slice(at, at + step) for at in range(0, n, step))

@@ -1,20 +1,20 @@
 """Writes a store: rows go straight to their permuted place in their shard.
 
-Shards are filled one after the other, beside other processes that fill other
-shards. A killed harvest goes on at the first missing shard and ends with the
-same bytes. docs/store.md has the format.
+Shards are filled one after the other, each in memory and written once, beside
+other processes that fill other shards. A killed harvest goes on at the first
+missing shard and ends with the same bytes. docs/store.md has the format.
 """
 
 import contextlib
+import mmap
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from sae_jax.errors import UserError
-from sae_jax.paths import write_atomic
 from sae_jax.store import quantise
 from sae_jax.store.budget import await_room, delete_rows
 from sae_jax.store.files import column_codes
@@ -32,23 +32,27 @@ from sae_jax.store.folder import (
 )
 from sae_jax.store.manifest import (
   TOKENS,
-  FileEntry,
   Manifest,
-  Site,
   bin_path,
-  blocks_path,
   layout,
-  planned_parts,
   read_manifest,
   row_parts,
   scale_part,
   site_part,
 )
+from sae_jax.store.memory import anonymous
 from sae_jax.store.order import shard_order
-from sae_jax.store.plan import block_checksums
-from sae_jax.store.records import Record, write_record
 from sae_jax.store.sequences import Sequences
-from sae_jax.store.statistics import Moments, merge_all, moments
+from sae_jax.store.shard import (
+  FullShard,
+  finish_shard,
+  pages,
+  place_rows,
+  rows_in,
+  temporary,
+)
+
+IN_MEMORY = 2 << 30  # bytes of rows that a writer holds at most
 
 
 class StoreWriter:
@@ -60,10 +64,16 @@ class StoreWriter:
       writer.write(first, {site: rows [n, width], ...})
     manifest = writer.finish()
 
-  Attributes: manifest, sequences, missing (the shards still to be written,
+  Attributes: manifest, sequences, missing (the shards still to be filled,
   ascending, of those in `shards`: all if None). Rows are of the type in which
   they are stored, float32 for int8. Raises UserError when another process
   writes one of the shards, and when the disk is full.
+
+  A full shard is checked and written in the background while the next one
+  fills; what goes wrong there comes out of the next call, `finish` or `close`.
+  Memory: twice a shard with all its sites, once where two would be more than
+  IN_MEMORY. Larger shards are filled in mapped files: the page cache holds
+  what it can, and rows may reach the disk more than once.
   """
 
   def __init__(self, root: Path, shards: Collection[int] | None = None):
@@ -72,7 +82,13 @@ class StoreWriter:
     self.sequences = Sequences(root, m)
     self._shard, self._placed, self._claim = -1, 0, -1
     self._place = np.empty(0, np.int64)
-    self._open: dict[str, np.memmap] = {}
+    self._open: dict[str, np.ndarray] = {}
+    # Memory: of the open shard, of the one that is being finished, free.
+    self._memory: mmap.mmap | None = None
+    self._lent: mmap.mmap | None = None
+    self._spare: mmap.mmap | None = None
+    self._threads = ThreadPoolExecutor(2, 'store')  # one checks, one writes
+    self._finishing: Future[None] | None = None
     every = missing_shards(root, m)
     self.missing = [s for s in every if shards is None or s in shards]
     check_space(root, m, self.missing)
@@ -109,6 +125,8 @@ class StoreWriter:
   def _put(
     self, shard: int, offset: int, rows: Mapping[str, np.ndarray]
   ) -> None:
+    if self._finishing and self._finishing.done():
+      self._settle()  # a mistake is told at the next batch
     if shard != self._shard:
       self._open_shard(shard)
     if offset != self._placed:
@@ -119,8 +137,8 @@ class StoreWriter:
       values = rows[site.name]
       if site.dtype == 'int8':
         values, scales = quantise.encode(values, *column_codes(site))
-        self._open[scale_part(site.name)][place] = scales
-      self._open[site_part(site.name)][place] = values
+        place_rows(self._open[scale_part(site.name)], place, scales)
+      place_rows(self._open[site_part(site.name)], place, values)
     self._placed += count
     if self._placed == self.manifest.shards[shard].rows:
       self._finish_shard()
@@ -128,68 +146,67 @@ class StoreWriter:
   def _open_shard(self, shard: int) -> None:
     if self._open:
       raise ValueError(f'shard {shard} begun before {self._shard} was full')
-    await_room(self.root, self.manifest, shard)
+    await_room(self.root, self.manifest, shard, self._pause)
     rows = self.manifest.shards[shard].rows
-    self._place = np.argsort(shard_order(rows, self.manifest.seed, shard))
+    self._place = np.empty(rows, np.int64)
+    self._place[shard_order(rows, self.manifest.seed, shard)] = np.arange(rows)
     self._shard, self._placed = shard, 0
+    self._memory, at = self._take_memory(shard), 0
     for part in row_parts(self.manifest):
       dtype, width = layout(self.manifest, part)
-      path = _temporary(self._path(part, shard))
+      path, size = self._path(part, shard), rows * width * dtype.itemsize
+      path = temporary(path)
       path.parent.mkdir(parents=True, exist_ok=True)
       if part == TOKENS:  # the first one: the claim on the shard
         self._claim = claim(path)
-      allocate(path, rows * width * dtype.itemsize)
-      self._open[part] = np.memmap(path, dtype, 'r+', 0, (rows, width))
+      allocate(path, size)
+      if self._memory is None:
+        self._open[part] = np.memmap(path, dtype, 'r+', 0, (rows, width))
+      else:
+        self._open[part] = rows_in(self._memory, at, (rows, width), dtype)
+        at += pages(size)
     self._open[TOKENS][:] = self._tokens(shard)
 
+  def _take_memory(self, shard: int) -> mmap.mmap | None:
+    """Memory for the rows of a shard; None: more than a writer may hold."""
+    count = len(self.manifest.shards)
+    files = self.manifest.shards[shard].files
+    size = sum(
+      pages(files[bin_path(part, shard, count)].bytes)
+      for part in row_parts(self.manifest)
+    )
+    if size > IN_MEMORY:
+      return None
+    if 2 * size > IN_MEMORY:
+      self._settle()  # one at a time
+    memory, self._spare = self._spare, None
+    if memory is None or len(memory) < size:
+      memory = anonymous(size)
+    return memory
+
   def _finish_shard(self) -> None:
-    """Checksums, statistics, fsync, rename; the record comes last."""
-    shard, record = self._shard, Record({}, {})
-    for site in self.manifest.sites:
-      record.moments[site.name] = self._moments(site)
-    for part, rows in self._open.items():
-      path = self._path(part, shard)
-      rows.flush()  # msync: on the disk before the name says so
-      os.replace(_temporary(path), path)
-      self._write_blocks(record, path, rows)
-    self._open = {}
-    for part in planned_parts():
-      name = bin_path(part, shard, len(self.manifest.shards))
-      record.files[name] = self.manifest.shards[shard].files[name]
-    write_record(self.root, self.manifest, shard, record)
-    os.close(self._claim)
-    self._claim = -1
-    self.missing.remove(shard)
+    """Has the shard finished in the background; waits for the one before."""
+    self._settle()
+    full = FullShard(self._shard, self._open, self._claim)
+    self._finishing = self._threads.submit(
+      finish_shard, self.root, self.manifest, full, self._threads
+    )
+    self._lent, self._memory = self._memory, None
+    self._open, self._claim = {}, -1
+    self.missing.remove(self._shard)
 
-  def _moments(self, site: Site) -> Moments:
-    """Moments of a shard's rows as stored, block by block in file order."""
-    merged = merge_all(moments(block) for block in self._blocks(site))
-    if not np.isfinite(merged.m2).all():
-      raise UserError(
-        f'{site.name}: a row of shard {self._shard} holds NaN or infinity: '
-        'check the model file, and compute in float32'
-      )
-    return merged
+  def _settle(self) -> None:
+    """Waits until no shard is being finished; raises what went wrong there."""
+    finishing, self._finishing = self._finishing, None
+    if finishing:
+      finishing.result()
+    self._spare, self._lent = self._lent or self._spare, None
 
-  def _blocks(self, site: Site) -> Iterator[np.ndarray]:
-    """The open shard's rows as a reader will see them."""
-    rows, step = self._open[site_part(site.name)], self.manifest.rows_per_block
-    for at in range(0, len(rows), step):
-      block = rows[at : at + step]
-      if site.dtype == 'int8':
-        scales = self._open[scale_part(site.name)][at : at + step]
-        out = np.empty(block.shape, np.float32)
-        quantise.decode(block, scales, *column_codes(site), out)
-        block = out
-      yield block
-
-  def _write_blocks(self, record: Record, path: Path, rows: np.ndarray) -> None:
-    """Writes the .blocks of a .bin, and enters the pair in the record."""
-    name = path.relative_to(self.root).as_posix()
-    sums = block_checksums(rows, self.manifest.rows_per_block)
-    write_atomic(self.root / blocks_path(name), sums)
-    checksum = xxhash.xxh3_64_hexdigest(sums)
-    record.files[name] = FileEntry(rows.nbytes, checksum)
+  def _pause(self, seconds: float) -> None:
+    """Sleeps; trainers who wait for a shard that failed would never end it."""
+    if self._finishing and self._finishing.done():
+      self._settle()
+    time.sleep(seconds)
 
   def _tokens(self, shard: int) -> np.ndarray:
     """(sequence, position, token id) int32 [rows, 3] in the shard's order."""
@@ -210,19 +227,25 @@ class StoreWriter:
   def finish(self) -> Manifest:
     """Writes the manifest that says `complete`, and returns it.
 
-    ValueError while shards are missing.
+    Waits for the last shard. UserError while shards are missing.
     """
+    self._settle()
     return finalize(self.root)
 
   def close(self) -> None:
-    """Gives the shard back that was begun but not finished."""
+    """Waits for the shard that is being finished; gives back the open one."""
     self._open = {}
     if self._claim >= 0:
       for part in row_parts(self.manifest):
-        path = _temporary(self._path(part, self._shard))
+        path = temporary(self._path(part, self._shard))
         path.unlink(missing_ok=True)
       os.close(self._claim)
     self._claim = -1
+    try:
+      self._settle()
+    finally:
+      self._threads.shutdown()
+      self._memory = self._spare = None
 
 
 @contextlib.contextmanager
@@ -236,7 +259,3 @@ def open_writer(
       yield writer
     finally:
       writer.close()
-
-
-def _temporary(path: Path) -> Path:
-  return path.with_suffix('.bin.tmp')
