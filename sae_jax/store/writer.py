@@ -47,7 +47,7 @@ from sae_jax.store.manifest import (
 from sae_jax.store.order import shard_order
 from sae_jax.store.plan import block_checksums
 from sae_jax.store.records import Record, write_record
-from sae_jax.store.sequences import Sequences
+from sae_jax.store.sequences import Sequences, shard_tokens
 from sae_jax.store.statistics import Moments, merge_all, moments
 
 
@@ -64,10 +64,19 @@ class StoreWriter:
   ascending, of those in `shards`: all if None). Rows are of the type in which
   they are stored, float32 for int8. Raises UserError when another process
   writes one of the shards, and when the disk is full.
+
+  budget: whether to wait for room in a store with `keep_bytes`; a shard that
+  is written again had its room before.
   """
 
-  def __init__(self, root: Path, shards: Collection[int] | None = None):
-    self.root = root
+  def __init__(
+    self,
+    root: Path,
+    shards: Collection[int] | None = None,
+    *,
+    budget: bool = True,
+  ):
+    self.root, self._budget = root, budget
     self.manifest = m = read_manifest(root, complete=False)
     self.sequences = Sequences(root, m)
     self._shard, self._placed, self._claim = -1, 0, -1
@@ -128,7 +137,8 @@ class StoreWriter:
   def _open_shard(self, shard: int) -> None:
     if self._open:
       raise ValueError(f'shard {shard} begun before {self._shard} was full')
-    await_room(self.root, self.manifest, shard)
+    if self._budget:
+      await_room(self.root, self.manifest, shard)
     rows = self.manifest.shards[shard].rows
     self._place = np.argsort(shard_order(rows, self.manifest.seed, shard))
     self._shard, self._placed = shard, 0
@@ -140,7 +150,7 @@ class StoreWriter:
         self._claim = claim(path)
       allocate(path, rows * width * dtype.itemsize)
       self._open[part] = np.memmap(path, dtype, 'r+', 0, (rows, width))
-    self._open[TOKENS][:] = self._tokens(shard)
+    self._open[TOKENS][:] = shard_tokens(self.sequences, self.manifest, shard)
 
   def _finish_shard(self) -> None:
     """Checksums, statistics, fsync, rename; the record comes last."""
@@ -191,19 +201,6 @@ class StoreWriter:
     checksum = xxhash.xxh3_64_hexdigest(sums)
     record.files[name] = FileEntry(rows.nbytes, checksum)
 
-  def _tokens(self, shard: int) -> np.ndarray:
-    """(sequence, position, token id) int32 [rows, 3] in the shard's order."""
-    m, starts = self.manifest, self.sequences.starts
-    first, rows = shard * m.rows_per_shard, m.shards[shard].rows
-    begin = int(np.searchsorted(starts, first, side='right')) - 1
-    end = int(np.searchsorted(starts, first + rows, side='left'))
-    i, position = np.nonzero(self.sequences.keep(begin, end))
-    mine = slice(skip := first - starts[begin], skip + rows)
-    i, position = i[mine], position[mine]
-    ids = self.sequences.tokens(begin, end)[i, position]
-    tokens = np.stack([i + begin, position, ids], axis=1).astype(np.int32)
-    return tokens[shard_order(rows, m.seed, shard)]
-
   def _path(self, part: str, shard: int) -> Path:
     return self.root / bin_path(part, shard, len(self.manifest.shards))
 
@@ -227,11 +224,11 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def open_writer(
-  root: Path, shards: Collection[int] | None = None
+  root: Path, shards: Collection[int] | None = None, *, budget: bool = True
 ) -> Iterator[StoreWriter]:
   """A StoreWriter that is closed at the end; disk errors are UserErrors."""
   with disk_errors_are_users(root):
-    writer = StoreWriter(root, shards)
+    writer = StoreWriter(root, shards, budget=budget)
     try:
       yield writer
     finally:
@@ -240,3 +237,15 @@ def open_writer(
 
 def _temporary(path: Path) -> Path:
   return path.with_suffix('.bin.tmp')
+
+
+def is_claimed(root: Path, manifest: Manifest, shard: int) -> bool:
+  """Whether some process is writing the shard now."""
+  path = _temporary(root / bin_path(TOKENS, shard, len(manifest.shards)))
+  if not path.exists():
+    return False
+  try:
+    os.close(claim(path))
+  except UserError:
+    return True
+  return False
