@@ -123,7 +123,8 @@ def repair(
     if STATISTICS in parts:
       reopen(root)
       lines.append('manifest: statistics merged from the records again')
-    if m.state == COMPLETE or mine:
+    # Whoever is still writing will finish the store, and has files there.
+    if not held and (m.state == COMPLETE or mine):
       finish(root)
       (root / REPAIR).unlink(missing_ok=True)
   return lines
