@@ -41,6 +41,7 @@ from sae_jax.store.manifest import (
   read_manifest,
   shard_bytes,
 )
+from sae_jax.store.sequences import Sequences
 from sae_jax.store.writer import StoreWriter, open_writer
 
 
@@ -89,7 +90,7 @@ def harvest(
     logging.info('store: %s is complete, nothing to do', root)
     return manifest
   share = share_of(config)
-  with _mesh(config, share):
+  with model_mesh(config, share):
     subject = subject or load_subject(
       config.model, jnp.dtype(config.harvest.compute_dtype)
     )
@@ -140,7 +141,7 @@ def share_of(config: Config) -> Share:
 
 
 @contextlib.contextmanager
-def _mesh(config: Config, share: Share):
+def model_mesh(config: Config, share: Share):
   """The model's mesh; none for a single device."""
   data, dict_ = config.mesh.data, config.mesh.dict
   if data * dict_ == 1:
@@ -244,7 +245,7 @@ def fill(
   if not batches:
     return
   total = sum(writer.manifest.shards[s].rows for s in writer.missing)
-  compute = lambda j: run(_batch(writer, j, b))
+  compute = lambda j: run(batch(writer.sequences, j, b))
   estimate(compute, batches, total)
   waited = wrote = 0.0
   began, pending = time.perf_counter(), None
@@ -311,10 +312,10 @@ def batches_needed(
   return sorted(set(needed))
 
 
-def _batch(writer: StoreWriter, j: int, b: int) -> np.ndarray:
+def batch(sequences: Sequences, j: int, b: int) -> np.ndarray:
   """Sequences [j b, (j + 1) b), the last one repeated to fill a batch."""
-  last = len(writer.sequences.starts) - 1
-  tokens = writer.sequences.tokens(j * b, min((j + 1) * b, last))
+  last = len(sequences.starts) - 1
+  tokens = sequences.tokens(j * b, min((j + 1) * b, last))
   return tokens[np.minimum(np.arange(b), len(tokens) - 1)]
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -32,7 +32,8 @@ class Record(NamedTuple):
   moments: dict[str, Moments]
 
 
-def _path(root: Path, manifest: Manifest, shard: int) -> Path:
+def record_path(root: Path, manifest: Manifest, shard: int) -> Path:
+  """The file that says that a shard is finished."""
   count = len(manifest.shards)
   return root / f'records/shard-{shard:05d}-of-{count:05d}.json'
 
@@ -47,7 +48,7 @@ def write_record(
   }
   files = {k: dataclasses.asdict(v) for k, v in record.files.items()}
   text = json.dumps({'files': files, 'moments': moments}) + '\n'
-  write_atomic(_path(root, manifest, shard), text)
+  write_atomic(record_path(root, manifest, shard), text)
 
 
 def read_record(root: Path, manifest: Manifest, shard: int) -> Record | None:
@@ -56,30 +57,34 @@ def read_record(root: Path, manifest: Manifest, shard: int) -> Record | None:
   Looks at sizes and at the checksums' own checksum, not at every row. Of a
   removed shard only the record is left.
   """
-  data = _load(root, manifest, shard)
-  if data is None:
+  record = load_record(root, manifest, shard)
+  if record is None:
     return None
-  files = {name: FileEntry(**entry) for name, entry in data['files'].items()}
-  sizes = {k: v.bytes for k, v in files.items()}
+  sizes = {k: v.bytes for k, v in record.files.items()}
   entry = manifest.shards[shard]
   planned = {k: v.bytes for k, v in entry.files.items()}
   if sizes != planned:
     return None
-  if not entry.removed and not all(_sound(root, *it) for it in files.items()):
-    return None
-  moments = {
-    site: Moments(m['rows'], np.array(m['mean']), np.array(m['m2']))
-    for site, m in data['moments'].items()
-  }
-  return Record(files, moments)
+  if not entry.removed:
+    if not all(_sound(root, *it) for it in record.files.items()):
+      return None
+  return record
 
 
-def _load(root: Path, manifest: Manifest, shard: int) -> dict[str, Any] | None:
+def load_record(root: Path, manifest: Manifest, shard: int) -> Record | None:
+  """A shard's record as it was written; None: there is none, or it
+  cannot be read."""
   try:
-    text = _path(root, manifest, shard).read_text(encoding='utf-8')
-    return json.loads(text)
-  except (FileNotFoundError, ValueError):
+    text = record_path(root, manifest, shard).read_text(encoding='utf-8')
+    data = json.loads(text)
+    files = {name: FileEntry(**entry) for name, entry in data['files'].items()}
+    moments = {
+      site: Moments(m['rows'], np.array(m['mean']), np.array(m['m2']))
+      for site, m in data['moments'].items()
+    }
+  except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
     return None
+  return Record(files, moments)
 
 
 def finished_files(
@@ -92,15 +97,13 @@ def finished_files(
   """
   if manifest.state == COMPLETE:
     return manifest.shards[shard].files
-  data = _load(root, manifest, shard)
-  if data is None:
-    return None
-  return {name: FileEntry(**entry) for name, entry in data['files'].items()}
+  record = load_record(root, manifest, shard)
+  return record.files if record else None
 
 
 def delete_record(root: Path, manifest: Manifest, shard: int) -> None:
   """Says that the shard is not finished: the next harvest writes it again."""
-  _path(root, manifest, shard).unlink(missing_ok=True)
+  record_path(root, manifest, shard).unlink(missing_ok=True)
 
 
 def _sound(root: Path, name: str, entry: FileEntry) -> bool:
@@ -120,7 +123,7 @@ def merge_records(manifest: Manifest, records: list[Record]) -> Manifest:
     for entry, record in zip(manifest.shards, records, strict=True)
   )
   sites = tuple(
-    _with_statistics(
+    with_statistics(
       site,
       norm_moments(manifest, site.name, records.__getitem__),
       merge_all(record.moments[site.name] for record in records),
@@ -146,7 +149,8 @@ def mean_squared_norms(m: Moments) -> tuple[float, float]:
   return centred, centred + float(np.square(m.mean).sum())
 
 
-def _with_statistics(site: Site, norm: Moments, every: Moments) -> Site:
+def with_statistics(site: Site, norm: Moments, every: Moments) -> Site:
+  """A site with the moments of the normaliser shards and of all rows."""
   centred, raw = mean_squared_norms(norm)
   all_centred, all_raw = mean_squared_norms(every)
   return dataclasses.replace(

@@ -22,6 +22,7 @@ from sae_jax.store.manifest import (
   bin_path,
   blocks_path,
 )
+from sae_jax.store.order import shard_order
 from sae_jax.store.plan import (
   block_checksums,
   pack_keep,
@@ -145,3 +146,20 @@ class Sequences:
     shards, begin = range(a, max(b, a + 1)), self._firsts[a]
     whole = np.concatenate([self._part(part, s) for s in shards])
     return whole[first - begin : last - begin]
+
+
+def shard_tokens(
+  sequences: Sequences, manifest: Manifest, shard: int
+) -> np.ndarray:
+  """What a shard's file of tokens holds: (sequence, position, token id) int32
+  [rows, 3], in the shard's order."""
+  starts, rows = sequences.starts, manifest.shards[shard].rows
+  first = shard * manifest.rows_per_shard
+  begin = int(np.searchsorted(starts, first, side='right')) - 1
+  end = int(np.searchsorted(starts, first + rows, side='left'))
+  i, position = np.nonzero(sequences.keep(begin, end))
+  mine = slice(skip := first - starts[begin], skip + rows)
+  i, position = i[mine], position[mine]
+  ids = sequences.tokens(begin, end)[i, position]
+  tokens = np.stack([i + begin, position, ids], axis=1).astype(np.int32)
+  return tokens[shard_order(rows, manifest.seed, shard)]

@@ -66,3 +66,11 @@ def merge_next(before: Moments | None, rows: np.ndarray) -> Moments:
   if before is None:
     return moments(rows)
   return merge(before, moments(rows, before.mean))
+
+
+def moments_of(blocks: Iterable[np.ndarray]) -> Moments:
+  """Moments of the rows of all blocks, at least one."""
+  found = functools.reduce(merge_next, blocks, None)
+  if found is None:
+    raise ValueError('no block')
+  return found

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_jax.errors import UserError
 from sae_jax.store import quantise
 from sae_jax.store.budget import await_room, delete_rows
 from sae_jax.store.files import column_codes
@@ -42,7 +43,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.memory import anonymous
 from sae_jax.store.order import shard_order
-from sae_jax.store.sequences import Sequences
+from sae_jax.store.sequences import Sequences, shard_tokens
 from sae_jax.store.shard import (
   FullShard,
   finish_shard,
@@ -74,10 +75,19 @@ class StoreWriter:
   Memory: twice a shard with all its sites, once where two would be more than
   IN_MEMORY. Larger shards are filled in mapped files: the page cache holds
   what it can, and rows may reach the disk more than once.
+
+  budget: whether to wait for room in a store with `keep_bytes`; a shard that
+  is written again had its room before.
   """
 
-  def __init__(self, root: Path, shards: Collection[int] | None = None):
-    self.root = root
+  def __init__(
+    self,
+    root: Path,
+    shards: Collection[int] | None = None,
+    *,
+    budget: bool = True,
+  ):
+    self.root, self._budget = root, budget
     self.manifest = m = read_manifest(root, complete=False)
     self.sequences = Sequences(root, m)
     self._shard, self._placed, self._claim = -1, 0, -1
@@ -146,7 +156,8 @@ class StoreWriter:
   def _open_shard(self, shard: int) -> None:
     if self._open:
       raise ValueError(f'shard {shard} begun before {self._shard} was full')
-    await_room(self.root, self.manifest, shard, self._pause)
+    if self._budget:
+      await_room(self.root, self.manifest, shard, self._pause)
     rows = self.manifest.shards[shard].rows
     self._place = np.empty(rows, np.int64)
     self._place[shard_order(rows, self.manifest.seed, shard)] = np.arange(rows)
@@ -165,7 +176,7 @@ class StoreWriter:
       else:
         self._open[part] = rows_in(self._memory, at, (rows, width), dtype)
         at += pages(size)
-    self._open[TOKENS][:] = self._tokens(shard)
+    self._open[TOKENS][:] = shard_tokens(self.sequences, self.manifest, shard)
 
   def _take_memory(self, shard: int) -> mmap.mmap | None:
     """Memory for the rows of a shard; None: more than a writer may hold."""
@@ -208,19 +219,6 @@ class StoreWriter:
       self._settle()
     time.sleep(seconds)
 
-  def _tokens(self, shard: int) -> np.ndarray:
-    """(sequence, position, token id) int32 [rows, 3] in the shard's order."""
-    m, starts = self.manifest, self.sequences.starts
-    first, rows = shard * m.rows_per_shard, m.shards[shard].rows
-    begin = int(np.searchsorted(starts, first, side='right')) - 1
-    end = int(np.searchsorted(starts, first + rows, side='left'))
-    i, position = np.nonzero(self.sequences.keep(begin, end))
-    mine = slice(skip := first - starts[begin], skip + rows)
-    i, position = i[mine], position[mine]
-    ids = self.sequences.tokens(begin, end)[i, position]
-    tokens = np.stack([i + begin, position, ids], axis=1).astype(np.int32)
-    return tokens[shard_order(rows, m.seed, shard)]
-
   def _path(self, part: str, shard: int) -> Path:
     return self.root / bin_path(part, shard, len(self.manifest.shards))
 
@@ -250,12 +248,24 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def open_writer(
-  root: Path, shards: Collection[int] | None = None
+  root: Path, shards: Collection[int] | None = None, *, budget: bool = True
 ) -> Iterator[StoreWriter]:
   """A StoreWriter that is closed at the end; disk errors are UserErrors."""
   with disk_errors_are_users(root):
-    writer = StoreWriter(root, shards)
+    writer = StoreWriter(root, shards, budget=budget)
     try:
       yield writer
     finally:
       writer.close()
+
+
+def is_claimed(root: Path, manifest: Manifest, shard: int) -> bool:
+  """Whether some process is writing the shard now."""
+  path = temporary(root / bin_path(TOKENS, shard, len(manifest.shards)))
+  if not path.exists():
+    return False
+  try:
+    os.close(claim(path))
+  except UserError:
+    return True
+  return False

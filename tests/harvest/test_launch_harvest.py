@@ -36,7 +36,7 @@ def test_bad_input(tmp_path):
     ([*base, '--config.harvest.rows=many'], 'many'),
     ([*base, '--config.store.dtype=int7'], 'did you mean'),
     ([*base, '--config.harvest.rows=5'], 'need at least'),
-    (['--config=configs/harvest.py:huge'], 'use smollm2 or tiny'),
+    (['--config=configs/harvest.py:huge'], 'use smollm2, tiny'),
     ([], '--config'),
     (
       [*base, f'--config.text.path={__file__}', '--config.model.path=/no.gguf'],
