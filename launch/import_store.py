@@ -39,6 +39,9 @@ _SKIP_FIRST = flags.DEFINE_integer(
 _SKIP_TOKENS = flags.DEFINE_list(
   'skip_tokens', [], 'Token ids without a row: padding, BOS.'
 )
+_MODEL_NAME = flags.DEFINE_string(
+  'model_name', '', 'For sources that do not say whose activations they are.'
+)
 _TOKENS = flags.DEFINE_string(
   'tokens', '', "npy: the file of tokens; 'none': unknown (saelens, npy)."
 )
@@ -63,6 +66,7 @@ def main() -> None:
     seed=_SEED.value,
     skip_first=_SKIP_FIRST.value,
     skip_tokens=token_ids(_SKIP_TOKENS.value),
+    model_name=_MODEL_NAME.value,
   )
   source = open_source(importer, Path(str(_SOURCE.value)).expanduser(), sites())
   manifest = import_rows(str(_STORE.value), importer, source, options)

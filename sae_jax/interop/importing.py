@@ -46,7 +46,8 @@ _SAMPLE, _SAMPLE_PIECES = 16_384, 16
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How the store is cut, and which tokens get no row: the first `skip_first`
-  of every sequence and the ids in `skip_tokens` (padding, BOS)."""
+  of every sequence and the ids in `skip_tokens` (padding, BOS). model_name: for
+  sources that do not say which model it was."""
 
   dtype: str = 'float32'
   rows_per_shard: int = 1 << 20
@@ -56,6 +57,7 @@ class Options:
   seed: int = 0
   skip_first: int = 0
   skip_tokens: tuple[int, ...] = ()
+  model_name: str = ''
 
 
 def import_rows(
@@ -82,6 +84,12 @@ def check_options(options: Options, source: Source) -> None:
   """UserError for a bad dtype, sizes that do not fit, impossible skipping."""
   check_dtype('dtype', options.dtype)
   check_sizes(**_sizes(options))
+  said = source.model.get('model_name')
+  if options.model_name and said and said != options.model_name:
+    raise UserError(
+      f'model_name: {options.model_name!r}, but {source.root} says {said!r}: '
+      'leave it out'
+    )
   if options.skip_first and not source.context:
     raise UserError(
       f'skip_first: the rows of {source.root} stand alone, without positions: '
@@ -144,7 +152,7 @@ def make_plan(
     sites(source, options, full),
     rows=rows,
     seed=options.seed,
-    model=source.model | {'hooks': source.hooks},
+    model=model(source, options),
     text=text,
     policy=policy(source, options),
     config=config,
@@ -224,6 +232,12 @@ def sample_moments(
     rows = source.rows(site, pieces[i], few.reshape(keep.shape))
     found.append(moments(rows.astype(np.float32)))
   return merge_all(found)
+
+
+def model(source: Source, options: Options) -> dict[str, Any]:
+  """What the source, or the user, says of the model; no hashes of it."""
+  name = source.model.get('model_name') or options.model_name or 'unknown'
+  return {'name': name, 'hooks': source.hooks} | source.model
 
 
 def policy(source: Source, options: Options) -> dict[str, Any]:

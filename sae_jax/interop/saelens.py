@@ -103,9 +103,15 @@ def load(root: Path) -> Any:
     )
   try:
     parts: list[Any] = [datasets.load_from_disk(str(f)) for f in folders]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f'source: {root}: damaged: {_line(error)}') from error
+  for folder, part in zip(folders, parts, strict=True):
+    if part.features != parts[0].features:
+      raise UserError(
+        f'source: {folder} holds {_columns(part)}, {folders[0].name} '
+        f'{_columns(parts[0])}: import them into different stores'
+      )
+  return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def check_tokens(root: Path, data: Any, length: int, tokens: bool) -> None:
@@ -135,6 +141,13 @@ def said(root: Path) -> dict[str, Any]:
     return {}
   except (ValueError, TypeError) as error:
     raise UserError(f'{root / _CONFIG}: not JSON ({error})') from error
+
+
+def _columns(data: Any) -> str:
+  """The columns with their shapes and types, for a message."""
+  shapes = {n: getattr(f, 'shape', '') for n, f in data.features.items()}
+  kinds = {n: getattr(f, 'dtype', '') for n, f in data.features.items()}
+  return ', '.join(f'{n} {shapes[n]} {kinds[n]}'.strip() for n in shapes)
 
 
 def _matrix(feature: Any) -> bool:

@@ -117,11 +117,12 @@ def identity(source: Source) -> dict[str, Any]:
 
 
 def bar(total: int, what: str) -> tqdm:
-  """A progress bar; where there is no terminal, a line now and then."""
+  """A progress bar for what takes more than two seconds; where there is no
+  terminal, a line now and then."""
   interval = 0.5 if sys.stderr.isatty() else 15
   return tqdm(
     total=total, desc=what, unit_scale=True, mininterval=interval,
-    disable=total == 0,
+    delay=2,
   )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def test_saelens_rows_and_contexts_are_the_sources(tmp_path):
   check(tmp_path / 's', manifest, rows, tokens, np.ones((Q, T), bool))
   for i in range(Q):
     np.testing.assert_array_equal(sequence(tmp_path / 's', i), tokens[i])
-  assert manifest.model['hooks'] == {SITE: HOOK}
+  assert manifest.model == {'name': 'unknown', 'hooks': {SITE: HOOK}}
   assert manifest.config['import']['from'] == 'saelens'
 
 
@@ -104,7 +104,7 @@ def test_llamascopium_masked_tokens_have_no_row(tmp_path):
   check(tmp_path / 's', made, rows, tokens, mask)
   check(tmp_path / 's', made, -rows, tokens, mask, SECOND)
   np.testing.assert_array_equal(sequence(tmp_path / 's', 12), tokens[12])
-  assert made.model['model_name'] == 'pythia-70m'
+  assert made.model['name'] == 'pythia-70m'
 
 
 def test_llamascopium_chunks_of_many_ranks_and_lengths(tmp_path):
