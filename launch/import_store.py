@@ -33,6 +33,9 @@ _ROWS_PER_BLOCK = flags.DEFINE_integer(
 _HELD_OUT = flags.DEFINE_integer('held_out_shards', 1, 'Never trained on.')
 _NORM = flags.DEFINE_integer('norm_shards', 1, 'Give mean and norms.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the order of rows in a shard.')
+_SHUFFLE = flags.DEFINE_bool(
+  'shuffle', False, 'Also the order of the sequences, for a sorted source.'
+)
 _SKIP_FIRST = flags.DEFINE_integer(
   'skip_first', 0, 'So many first tokens of a sequence get no row.'
 )
@@ -66,6 +69,7 @@ def main() -> None:
     seed=_SEED.value,
     skip_first=_SKIP_FIRST.value,
     skip_tokens=token_ids(_SKIP_TOKENS.value),
+    shuffle=_SHUFFLE.value,
     model_name=_MODEL_NAME.value,
   )
   source = open_source(importer, Path(str(_SOURCE.value)).expanduser(), sites())

@@ -5,17 +5,25 @@ Its tokens are read first and make the plan, then its rows, piece by piece;
 killed, the same import goes on like a harvest.
 """
 
+import bisect
 import dataclasses
 import importlib.metadata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from sae_jax.errors import UserError
-from sae_jax.interop.source import Piece, Source, bar, identity, progress
+from sae_jax.interop.source import (
+  Piece,
+  Source,
+  bar,
+  identity,
+  progress,
+  shuffled,
+)
 from sae_jax.store import quantise
 from sae_jax.store.create import create, new_folder
 from sae_jax.store.folder import another_harvest
@@ -39,15 +47,15 @@ from sae_jax.store.statistics import Moments, merge_all, moments
 from sae_jax.store.writer import StoreWriter, open_writer
 
 # Rows that int8 columns are measured on: the standard deviation is then known
-# to a percent. From so many pieces all over the source.
+# to a percent. From so many pieces at least, all over the source.
 _SAMPLE, _SAMPLE_PIECES = 16_384, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How the store is cut, and which tokens get no row: the first `skip_first`
-  of every sequence and the ids in `skip_tokens` (padding, BOS). model_name: for
-  sources that do not say which model it was."""
+  of every sequence and the ids in `skip_tokens` (padding, BOS). shuffle: also
+  the order of the sequences. model_name: for sources that do not say it."""
 
   dtype: str = 'float32'
   rows_per_shard: int = 1 << 20
@@ -57,6 +65,7 @@ class Options:
   seed: int = 0
   skip_first: int = 0
   skip_tokens: tuple[int, ...] = ()
+  shuffle: bool = False
   model_name: str = ''
 
 
@@ -70,11 +79,12 @@ def import_rows(
   """
   check_options(options, source)
   root, text = local_root(root), identity(source)
-  config = recorded(importer, source, options)
+  config, numbers = recorded(importer, source, options), None
+  if options.shuffle:
+    source, numbers = shuffled(source, options.seed)
   with new_folder(root) as folder:
-    if not existing(folder, config, text):
-      with spool(folder, source.length) as pieces:
-        make_plan(folder, source, options, pieces, config, text)
+    if not existing(folder, config, text, model(source, options)):
+      make_plan(folder, source, options, numbers, config, text)
   with open_writer(root) as writer:
     fill(writer, source)
     return writer.finish()
@@ -111,7 +121,10 @@ def recorded(importer: str, source: Source, options: Options) -> dict[str, Any]:
 
 
 def existing(
-  root: Path, config: dict[str, Any], text: dict[str, Any]
+  root: Path,
+  config: dict[str, Any],
+  text: dict[str, Any],
+  model: dict[str, Any],
 ) -> Manifest | None:
   """The manifest in the folder; UserError when it is of another import."""
   if not (root / FILE).exists():
@@ -119,6 +132,8 @@ def existing(
   old = read_manifest(root, complete=False)
   keys = differing_keys(old.config, config)
   keys += [f'source ({key})' for key in text if old.text.get(key) != text[key]]
+  # The names of the sites are in `hooks`.
+  keys += [f'model ({key})' for key in differing_keys(old.model, model)]
   if keys:
     raise another_harvest(root, keys)
   return old
@@ -128,42 +143,71 @@ def make_plan(
   root: Path,
   source: Source,
   options: Options,
-  pieces: Spool,
+  numbers: np.ndarray | None,
   config: dict[str, Any],
   text: dict[str, Any],
 ) -> Manifest:
-  """Reads all tokens and writes the manifest of the rows they will have."""
-  # Sequences at the end without a row would belong to no shard.
+  """Reads all tokens and writes the manifest of the rows they will have.
+
+  numbers: of every piece's first sequence in the source, for a shuffled one.
+  """
+  with spool(root, source.length) as pieces:
+    read = read_tokens(source, options, pieces)
+    check_rows(source, options, read.rows)
+    tokens, bits = (whole[: read.sequences] for whole in pieces.arrays())
+    manifest = plan(
+      tokens,
+      bits,
+      sites(source, options, read),
+      rows=read.rows,
+      seed=options.seed,
+      model=model(source, options),
+      text=text,
+      policy=policy(source, options),
+      config=config,
+      made_by=made_by(),
+      **_sizes(options),
+    )
+    logging.info(
+      'source: %s sequences of %d tokens, %s rows of them in %d shards',
+      f'{read.sequences:,}', source.length, f'{read.rows:,}',
+      len(manifest.shards),
+    )  # fmt: skip
+    documents = None
+    if numbers is not None:  # where a row of a shuffled source came from
+      documents = np.stack([numbers, read.begins * source.length], axis=1)
+      documents = documents[read.begins < read.sequences]
+    return create(root, manifest, tokens, bits, documents)
+
+
+class Read(NamedTuple):
+  """What the tokens say.
+
+  rows they give; sequences up to the last one that has a row, the others would
+  belong to no shard; full: pieces with a row; begins: number of the first
+  sequence of every piece, int64 [pieces].
+  """
+
+  rows: int
+  sequences: int
+  full: list[Piece]
+  begins: np.ndarray
+
+
+def read_tokens(source: Source, options: Options, pieces: Spool) -> Read:
+  """Reads the tokens of all pieces into the spool."""
   rows = sequences = used = 0
-  full = []
+  full, begins = [], []
   for piece in progress(source.pieces, 'tokens'):
     ids, keep = kept_tokens(source, options, piece)
     pieces.add(ids, keep)
+    begins.append(sequences)
     with_rows = np.flatnonzero(keep.any(axis=1))
     if len(with_rows):
       full.append(piece)
       used = sequences + int(with_rows[-1]) + 1
     rows, sequences = rows + int(keep.sum()), sequences + len(ids)
-  check_rows(source, options, rows)
-  tokens, bits = pieces.arrays()
-  manifest = plan(
-    tokens[:used],
-    bits[:used],
-    sites(source, options, full),
-    rows=rows,
-    seed=options.seed,
-    model=model(source, options),
-    text=text,
-    policy=policy(source, options),
-    config=config,
-    made_by=made_by(),
-    **_sizes(options),
-  )
-  logging.info(
-    'source: %s sequences of %d tokens, %s rows of them in %d shards',
-    f'{used:,}', source.length, f'{rows:,}', len(manifest.shards),
-  )  # fmt: skip
-  return create(root, manifest, tokens[:used], bits[:used])
+  return Read(rows, used, full, np.array(begins, np.int64))
 
 
 def check_rows(source: Source, options: Options, rows: int) -> None:
@@ -199,16 +243,13 @@ def kept_tokens(
   return np.where(keep, ids, ids.clip(0)).astype(np.int32), keep
 
 
-def sites(source: Source, options: Options, pieces: list[Piece]) -> list[Site]:
-  """The store's sites; for int8 with the offset and scale of every column.
-
-  pieces: those that have rows.
-  """
+def sites(source: Source, options: Options, read: Read) -> list[Site]:
+  """The store's sites; for int8 with the offset and scale of every column."""
   made = []
   for name, width in source.widths.items():
     site = Site(name, width, options.dtype)
     if site.dtype == 'int8':
-      sample = sample_moments(source, options, pieces, name)
+      sample = sample_moments(source, options, read, name)
       offset, scale = quantise.columns(sample)
       site = dataclasses.replace(site, offset=offset, scale=scale)
     made.append(site)
@@ -216,11 +257,13 @@ def sites(source: Source, options: Options, pieces: list[Piece]) -> list[Site]:
 
 
 def sample_moments(
-  source: Source, options: Options, pieces: list[Piece], site: str
+  source: Source, options: Options, read: Read, site: str
 ) -> Moments:
   """Moments of rows from all over the source, without position 0 where there
   are positions: its norm is up to 100 times the others'."""
-  count = min(_SAMPLE_PIECES, len(pieces))
+  pieces = read.full
+  enough = -(-_SAMPLE * len(pieces) // read.rows)
+  count = min(max(_SAMPLE_PIECES, enough), len(pieces))
   found = []
   for i in np.linspace(0, len(pieces) - 1, count).round().astype(int):
     _, keep = kept_tokens(source, options, pieces[i])
@@ -229,8 +272,8 @@ def sample_moments(
     where = np.flatnonzero(inner if inner.any() else keep)
     few = np.zeros(keep.size, bool)
     few[where[:: max(1, len(where) * count // _SAMPLE)]] = True
-    rows = source.rows(site, pieces[i], few.reshape(keep.shape))
-    found.append(moments(rows.astype(np.float32)))
+    values = source.rows(site, pieces[i], few.reshape(keep.shape))
+    found.append(moments(values.astype(np.float32)))
   return merge_all(found)
 
 
@@ -242,11 +285,11 @@ def model(source: Source, options: Options) -> dict[str, Any]:
 
 def policy(source: Source, options: Options) -> dict[str, Any]:
   """Which tokens have rows, and what the sequences are."""
-  alone = 'row i of the source is sequence i, its token at position 1 of 2'
+  alone = 'none: a row is a sequence, its token at position 1 of 2'
   return {
     'positions_without_rows': list(range(options.skip_first)),
     'tokens_without_rows': sorted(options.skip_tokens),
-    'masked_by_source': 'without rows',
+    'order': 'shuffled' if options.shuffle else 'that of the source',
     'context': 'sequences of the source' if source.context else alone,
     'source_dtypes': {site: d.name for site, d in source.dtypes.items()},
   } | source.notes
@@ -278,8 +321,9 @@ def fill(writer: StoreWriter, source: Source) -> None:
 
 def _overlaps(writer: StoreWriter, rows: range) -> bool:
   size = writer.manifest.rows_per_shard
-  shards = range(rows.start // size, -(-rows.stop // size))
-  return len(rows) > 0 and any(s in shards for s in writer.missing)
+  first, end = rows.start // size, -(-rows.stop // size)
+  missing = writer.missing[bisect.bisect_left(writer.missing, first) :][:1]
+  return len(rows) > 0 and any(s < end for s in missing)
 
 
 def _numbered(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int]]:

@@ -99,7 +99,9 @@ def open_source(root: Path, sites: Mapping[str, str]) -> Source:
     tokens=tokens,
     rows=rows,
     model=said(chunks[first][0].path),
-    notes={},
+    notes={
+      'masked_by_source': 'by `mask`' if chunks[first][0].masked else 'nothing'
+    },
   )
 
 

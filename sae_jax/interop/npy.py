@@ -89,7 +89,8 @@ def open_source(
     tokens=ids,
     rows=rows,
     model={},
-    notes={'token_ids': 'unknown, all 0'} if values is None else {},
+    notes={'masked_by_source': 'nothing'}
+    | ({'token_ids': 'unknown, all 0'} if values is None else {}),
   )
 
 

@@ -34,6 +34,11 @@ def open_source(
   """
   data = load(root)
   hooks = [n for n, f in data.features.items() if _matrix(f)]
+  if not hooks:
+    raise UserError(
+      f'source: {root} holds no activations, only {_columns(data)}: a hook is a '
+      'column of matrices [T, width]'
+    )
   chosen = choose_hooks(root, sites, hooks)
   shapes = {site: data.features[hook].shape for site, hook in chosen.items()}
   lengths = {shape[0] for shape in shapes.values()}
@@ -80,7 +85,8 @@ def open_source(
     tokens=ids,
     rows=rows,
     model=said(root),
-    notes={} if tokens else {'token_ids': 'unknown, all 0'},
+    notes={'masked_by_source': 'nothing'}
+    | ({} if tokens else {'token_ids': 'unknown, all 0'}),
   )
 
 

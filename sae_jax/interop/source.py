@@ -11,8 +11,12 @@ import xxhash
 from tqdm import tqdm
 
 from sae_jax.errors import UserError
+from sae_jax.store.order import DOCUMENTS, permutation
 
 PIECE_BYTES = 32 << 20  # of one site's rows that are in memory at a time
+# Of one site's rows that stay together in a shuffled source: large enough to be
+# read at a disk's speed, small enough to be a sequence or a few.
+SHUFFLE_BYTES = 1 << 20
 # Of every so many bytes of a file the first `_HASHED` go into its hash.
 _HASH_STEP, _HASHED = 64 << 20, 1 << 20
 
@@ -58,6 +62,27 @@ def cut(counts: Iterable[int], bytes_of_one: int) -> list[Piece]:
     for file, count in enumerate(counts)
     for at in range(0, count, step)
   ]
+
+
+def shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
+  """The source with smaller pieces in an order of their own.
+
+  The second is the number in the source of every piece's first sequence,
+  int64 [pieces].
+  """
+  row = max(w * source.dtypes[s].itemsize for s, w in source.widths.items())
+  step = max(
+    1, SHUFFLE_BYTES // (row * (source.length if source.context else 1))
+  )
+  pieces, numbers, first = [], [], 0
+  for file, begin, end in source.pieces:
+    for at in range(begin, end, step):
+      pieces.append(Piece(file, at, min(at + step, end)))
+      numbers.append(first + at - begin)
+    first += end - begin
+  order = permutation(len(pieces), seed, DOCUMENTS)
+  mixed = source._replace(pieces=[pieces[i] for i in order])
+  return mixed, np.array(numbers, np.int64)[order]
 
 
 def alone(ids: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

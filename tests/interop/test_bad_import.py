@@ -61,6 +61,11 @@ def test_saelens_columns(tmp_path):
   refused(tmp_path, 'saelens', "'token_ids'", '--tokens=none', sites=named)
 
 
+def test_a_data_set_without_activations(tmp_path):
+  write_saelens(tmp_path / 'a', {}, IDS)
+  refused(tmp_path, 'saelens', 'no activations, only token_ids')
+
+
 def test_saelens_tokens_of_another_length(tmp_path):
   write_saelens(tmp_path / 'a', {HOOK: ROWS}, IDS[:, :-1])
   refused(tmp_path, 'saelens', '7 token ids', '8')
@@ -274,6 +279,9 @@ def test_another_import_in_the_folder(tmp_path):
   run()
   with pytest.raises(UserError, match=r'different: import\.seed'):
     run(seed=1)
+  other = npy.open_source(tmp_path / 'a', {'': SECOND})
+  with pytest.raises(UserError, match=r'different: model \(hooks'):
+    import_rows(tmp_path / 's', 'npy', other, Options(**SIZES))
   rows = FLAT.copy()
   rows[7, 2] += 1
   write_npy(tmp_path / 'a', rows, FLAT_IDS)

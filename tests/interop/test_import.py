@@ -22,6 +22,7 @@ from cached_sources import (
 
 from sae_jax.interop import llamascopium, npy, saelens, source
 from sae_jax.interop.importing import Options, import_rows
+from sae_jax.store.manifest import DOCUMENTS
 from sae_jax.store.reader import sequence
 from sae_jax.store.verify import problems
 
@@ -105,6 +106,7 @@ def test_llamascopium_masked_tokens_have_no_row(tmp_path):
   check(tmp_path / 's', made, -rows, tokens, mask, SECOND)
   np.testing.assert_array_equal(sequence(tmp_path / 's', 12), tokens[12])
   assert made.model['name'] == 'pythia-70m'
+  assert made.policy['masked_by_source'] == 'by `mask`'
 
 
 def test_llamascopium_chunks_of_many_ranks_and_lengths(tmp_path):
@@ -121,6 +123,7 @@ def test_llamascopium_chunks_of_many_ranks_and_lengths(tmp_path):
   keep = np.ones((Q, T), bool)
   keep[20:, T - 3 :] = False
   check(tmp_path / 's', made, rows, tokens, keep)
+  assert made.policy['masked_by_source'] == 'nothing'
 
 
 def test_llamascopium_batches_of_batches(tmp_path):
@@ -143,7 +146,7 @@ def test_llamascopium_shuffled_rows_stand_alone(tmp_path):
   pairs = np.stack([0 * tokens, tokens], 1)
   keep = np.tile([False, True], (len(rows), 1))
   check(tmp_path / 's', made, rows[:, None].repeat(2, 1), pairs, keep)
-  assert made.policy['context'].startswith('row i of the source is sequence i')
+  assert made.policy['context'].startswith('none: a row is a sequence')
 
 
 def test_npy_rows_that_stand_alone(tmp_path):
@@ -187,6 +190,34 @@ def test_npy_rows_with_sequence_and_position_in_any_order(tmp_path, shuffled):
   made = run(tmp_path / 's', 'npy', opened)
   check(tmp_path / 's', made, rows, tokens, keep)
   check(tmp_path / 's', made, -2 * rows, tokens, keep, SECOND)
+
+
+@pytest.mark.parametrize('importer', ['saelens', 'llamascopium'])
+def test_shuffled_sequences_say_where_they_come_from(
+  tmp_path, monkeypatch, importer
+):
+  monkeypatch.setattr(source, 'SHUFFLE_BYTES', 2 * T * D * 4)
+  rows, tokens = activations()
+  tokens[20:22] = 0  # a piece without a row, wherever it comes to lie
+  write = {'saelens': write_saelens, 'llamascopium': write_llamascopium}
+  read = {'saelens': saelens, 'llamascopium': llamascopium}
+  write[importer](tmp_path / 'a', {HOOK: rows}, tokens)
+  opened = read[importer].open_source(tmp_path / 'a', {'': SITE})
+  made = run(
+    tmp_path / 's', importer, opened, shuffle=True, skip_tokens=(0,)
+  )  # fmt: skip
+  documents = np.fromfile(tmp_path / 's' / DOCUMENTS, '<i8').reshape(-1, 2)
+  starts = [*(documents[:, 1] // T), made.sequences]
+  origin = np.concatenate(
+    [
+      np.arange(n, n + b - a)
+      for n, a, b in zip(documents[:, 0], starts, starts[1:], strict=False)
+    ]
+  )
+  assert set(range(Q)) - {20, 21} <= set(origin) <= set(range(Q))
+  assert (np.abs(np.diff(documents[:, 0])) > 2).mean() > 0.5
+  ids = tokens[origin]
+  check(tmp_path / 's', made, rows[origin], ids, ids > 0)
 
 
 @pytest.mark.parametrize('view', [np.uint16, 'V2'])
