@@ -36,8 +36,8 @@ def open_source(
   hooks = [n for n, f in data.features.items() if _matrix(f)]
   if not hooks:
     raise UserError(
-      f'source: {root} holds no activations, only {_columns(data)}: a hook is a '
-      'column of matrices [T, width]'
+      f'source: {root} holds no activations, only {_columns(data)}: a hook is '
+      'a column of matrices [T, width]'
     )
   chosen = choose_hooks(root, sites, hooks)
   shapes = {site: data.features[hook].shape for site, hook in chosen.items()}
