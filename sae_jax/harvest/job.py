@@ -202,10 +202,12 @@ def fill_share(root: Path, config: Config, run: Forward, share: Share) -> None:
   check_budget(m, window=1, checkpoint_rows=0)
   with open_writer(root, share.shards(m, [share.mine])) as writer:
     # What all that compute together miss, seen before anyone writes.
-    missing = missing_shards(root, writer.manifest)
-    ours = set(share.shards(m, share.together)) & set(missing)
-    if not share.alone:
-      multihost_utils.sync_global_devices('all have seen what is missing')
+    missing = np.isin(
+      np.arange(len(m.shards)), missing_shards(root, writer.manifest)
+    )
+    if not share.alone:  # what the first process sees: all must agree
+      missing = multihost_utils.broadcast_one_to_all(missing)
+    ours = {s for s in share.shards(m, share.together) if missing[s]}
     announce(writer)
     fill(writer, run, config.harvest.batch_sequences, ours)
 

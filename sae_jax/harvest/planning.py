@@ -9,6 +9,7 @@ import dataclasses
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from sae_jax.lm.model import site_width
 from sae_jax.lm.subject import Subject
 from sae_jax.store import quantise
 from sae_jax.store.create import create, new_folder
+from sae_jax.store.finish import removed_shards
 from sae_jax.store.folder import another_harvest
 from sae_jax.store.manifest import (
   FILE,
@@ -42,8 +44,24 @@ from sae_jax.store.statistics import Moments, merge_all, moments
 # rows: the standard deviation is then known to a percent.
 _SAMPLE = 16_384
 
+R = TypeVar('R')
 # tokens [b, T] -> {site: rows [b * T, width]}
 Forward = Callable[[np.ndarray], dict[str, jax.Array]]
+
+
+class Packed(NamedTuple):
+  """The text as sequences [Q, T] int32 and keep (packed bits), on the disk.
+
+  places: where documents begin, int64 [m, 2]; rows and documents in all;
+  policy: what the manifest says of the tokens without a row.
+  """
+
+  sequences: np.ndarray
+  keep: np.ndarray
+  places: np.ndarray
+  rows: int
+  documents: int
+  policy: dict[str, Any]
 
 
 def begin(
@@ -54,37 +72,64 @@ def begin(
   run: Forward,
   keep: Filter | None,
   alone: bool,
-) -> Manifest:
-  """The plan of the store at `root`, made now or found there.
+) -> None:
+  """Leaves the plan of the store at `root`, made now or found there.
 
   alone: whether this process acts alone; else all processes call this
-  together, and the first one writes.
+  together, and the first one reads and writes.
 
   Raises UserError when the folder holds another harvest's store, and for text
   that gives too few rows.
   """
-  lead = alone or jax.process_index() == 0
-  manifest = None
-  with new_folder(root) if lead else contextlib.nullcontext():
-    if lead and (manifest := existing(root, config, text, subject)):
-      manifest = with_budget(root, manifest, config)
-    # All must know whether there is a sample to compute together.
-    if not agreed(np.bool_(manifest is not None), alone):
+  with contextlib.ExitStack() as stack:
+
+    def pack_text() -> Packed | None:
+      """The packed text; None when there is a plan already."""
+      stack.enter_context(new_folder(root))
+      if old := existing(root, config, text, subject):
+        with_budget(root, old, config)
+        return None
       length = config.harvest.sequence_length
-      with spool(root, length) if lead else contextlib.nullcontext() as pieces:
-        manifest = make_plan(
-          root, config, text, subject, run, keep, pieces, alone
-        )
-  if not alone:
-    multihost_utils.sync_global_devices('the store is planned')
-  return manifest or read_manifest(root, complete=False)
+      pieces = stack.enter_context(spool(root, length))
+      return fill_spool(pieces, config, text, subject, keep)
+
+    packed, due = first_process(pack_text, alone)
+    if not due:
+      return
+    sites = [
+      Site(site, site_width(subject.cfg, site), config.store.dtype)
+      for site in config.harvest.sites
+    ]
+    if config.store.dtype == 'int8':  # computed by all together
+      sites = with_columns(sites, config, run, packed, alone)
+    first_process(
+      lambda: packed and write_plan(root, config, text, subject, sites, packed),
+      alone,
+    )
 
 
-def agreed(value: np.ndarray | np.bool_, alone: bool) -> np.ndarray:
-  """The first process's value, on all processes that act together."""
-  if alone:
-    return np.asarray(value)
-  return np.asarray(multihost_utils.broadcast_one_to_all(value))
+def first_process(
+  work: Callable[[], R | None], alone: bool
+) -> tuple[R | None, bool]:
+  """What `work` gives on the first process, and whether it gave anything.
+
+  Others get (None, the same). Its UserError ends all of them.
+  """
+  result, error = None, None
+  if alone or jax.process_index() == 0:
+    try:
+      result = work()
+    except UserError as mistake:
+      error = mistake
+  if alone and error is None:
+    return result, result is not None
+  state = np.array([error is not None, result is not None])
+  failed, some = state if alone else multihost_utils.broadcast_one_to_all(state)
+  if error is not None:
+    raise error
+  if failed:
+    raise UserError('process 0 of this job could not plan the store: see there')
+  return result, bool(some)
 
 
 def existing(
@@ -108,81 +153,40 @@ def existing(
   return old
 
 
-def with_budget(root: Path, manifest: Manifest, config: Config) -> Manifest:
+def with_budget(root: Path, manifest: Manifest, config: Config) -> None:
   """Lets a harvest that goes on have another budget than when it began."""
-  c = config.store
-  new = dataclasses.replace(
-    manifest, keep_bytes=c.keep_bytes, trainers=c.trainers
-  )
-  if new != manifest:
-    write_manifest(root, new)
-  return new
-
-
-def make_plan(
-  root: Path,
-  config: Config,
-  text: Text,
-  subject: Subject,
-  run: Forward,
-  keep: Filter | None,
-  pieces: Spool | None,
-  alone: bool,
-) -> Manifest | None:
-  """Packs the text into the folder and writes the manifest of its rows.
-
-  Processes that act together share the sample; those that have no `pieces`
-  only compute it.
-  """
-  sample, policy, rows, documents = None, {}, 0, 0
-  if pieces:
-    filter_, policy = choose(
-      config.harvest,
-      bos=subject.bos,
-      eos=subject.eos,
-      special=subject.special,
-      vocab=subject.cfg.vocab,
-      extra=keep,
+  c, m = config.store, manifest
+  if (m.keep_bytes, m.trainers) == (c.keep_bytes, c.trainers):
+    return
+  if not c.keep_bytes and removed_shards(m):
+    raise UserError(
+      f'store.keep_bytes: 0, but shards of {root} were removed under its '
+      f'budget already: give --config.store.keep_bytes={m.keep_bytes}'
     )
-    rows, documents = fill_spool(pieces, config, text, subject, filter_)
-    sequences, bits = pieces.arrays()
-    sample = sequences[: sample_sequences(config)]
-  sites = [
-    Site(site, site_width(subject.cfg, site), config.store.dtype)
-    for site in config.harvest.sites
-  ]
-  if config.store.dtype == 'int8':
-    sites = with_columns(sites, config, run, sample, alone)
-  if not pieces:
-    return None
-  manifest = plan(
-    sequences,
-    bits,
-    sites,
-    rows=rows,
-    seed=config.harvest.seed,
-    model=identity(subject),
-    text={
-      'sha256': text.sha256,
-      'files': text.files,
-      'bytes': text.bytes,
-      'documents': text.documents,
-      'documents_read': documents,
-    },
-    policy=policy,
-    config=recorded(config),
-    made_by=made_by(),
-    keep_bytes=config.store.keep_bytes,
-    trainers=config.store.trainers,
-    **sizes(config),
-  )
-  return create(root, manifest, sequences, bits, pieces.documents())
+  logging.info(
+    'store: keep_bytes %d -> %d, trainers %d -> %d, for all tasks from their '
+    'next start', m.keep_bytes, c.keep_bytes, m.trainers, c.trainers,
+  )  # fmt: skip
+  budget = dict(keep_bytes=c.keep_bytes, trainers=c.trainers)
+  write_manifest(root, dataclasses.replace(m, **budget))
 
 
 def fill_spool(
-  pieces: Spool, config: Config, text: Text, subject: Subject, keep: Filter
-) -> tuple[int, int]:
-  """Packs the text; (rows, documents). UserError when there are too few."""
+  pieces: Spool,
+  config: Config,
+  text: Text,
+  subject: Subject,
+  keep: Filter | None,
+) -> Packed:
+  """Packs the text into files. UserError when there are too few rows."""
+  filter_, policy = choose(
+    config.harvest,
+    bos=subject.bos,
+    eos=subject.eos,
+    special=subject.special,
+    vocab=subject.cfg.vocab,
+    extra=keep,
+  )
   piece, sequences = None, 0
   for piece in pack(
     text,
@@ -192,7 +196,7 @@ def fill_spool(
     length=config.harvest.sequence_length,
     rows=config.harvest.rows,
     seed=config.harvest.seed,
-    keep=keep,
+    keep=filter_,
     chat_template=subject.chat_template,
   ):
     pieces.add(piece.sequences, piece.keep, piece.documents)
@@ -213,7 +217,40 @@ def fill_spool(
     f'{documents:,}', f'{text.documents:,}', f'{sequences:,}',
     config.harvest.sequence_length,
   )  # fmt: skip
-  return rows, documents
+  return Packed(*pieces.arrays(), pieces.documents(), rows, documents, policy)
+
+
+def write_plan(
+  root: Path,
+  config: Config,
+  text: Text,
+  subject: Subject,
+  sites: list[Site],
+  packed: Packed,
+) -> Manifest:
+  """Writes the manifest of the rows to come, and what they are made from."""
+  manifest = plan(
+    packed.sequences,
+    packed.keep,
+    sites,
+    rows=packed.rows,
+    seed=config.harvest.seed,
+    model=identity(subject),
+    text={
+      'sha256': text.sha256,
+      'files': text.files,
+      'bytes': text.bytes,
+      'documents': text.documents,
+      'documents_read': packed.documents,
+    },
+    policy=packed.policy,
+    config=recorded(config),
+    made_by=made_by(),
+    keep_bytes=config.store.keep_bytes,
+    trainers=config.store.trainers,
+    **sizes(config),
+  )
+  return create(root, manifest, packed.sequences, packed.keep, packed.places)
 
 
 def sample_sequences(config: Config) -> int:
@@ -226,7 +263,7 @@ def with_columns(
   sites: list[Site],
   config: Config,
   run: Forward,
-  sample: np.ndarray | None,
+  packed: Packed | None,
   alone: bool,
 ) -> list[Site]:
   """The sites with the offset and scale of every column for int8 rows.
@@ -237,9 +274,10 @@ def with_columns(
   count, b = sample_sequences(config), config.harvest.batch_sequences
   T, skip = config.harvest.sequence_length, max(config.harvest.skip_first, 1)
   tokens = np.zeros((count, T), np.int32)
-  if sample is not None:
-    tokens = np.resize(sample, (count, T))  # a short text is repeated
-  tokens = agreed(tokens, alone)
+  if packed is not None:  # a short text is repeated
+    tokens = np.resize(packed.sequences[:count], (count, T))
+  if not alone:
+    tokens = np.asarray(multihost_utils.broadcast_one_to_all(tokens))
   found: dict[str, list[Moments]] = {site.name: [] for site in sites}
   for at in range(0, count, b):  # one at a time: they hold collectives
     for name, rows in jax.device_get(run(tokens[at : at + b])).items():

@@ -121,7 +121,8 @@ def repair(
       delete_rows(root, m, removed_shards(m))
       lines.append('removed shards: their rows deleted')
     if STATISTICS in parts:
-      reopen(root)
+      with locked(root):
+        reopen(root, read_manifest(root, complete=False))
       lines.append('manifest: statistics merged from the records again')
     # Whoever is still writing will finish the store, and has files there.
     if not held and (m.state == COMPLETE or mine):
@@ -200,7 +201,9 @@ def rewrite(
   run = make_forward(subject, config)
   in_hand = sorted({*shards, *shards_in_hand(root)})
   write_atomic(root / REPAIR, json.dumps(in_hand))
-  reopen(root)  # before anything goes: readers wait for a shard's record
+  # Before anything goes: readers wait for a shard's record.
+  with locked(root):
+    reopen(root, read_manifest(root, complete=False))
   for s in shards:
     delete_record(root, m, s)
   delete_rows(root, m, shards)

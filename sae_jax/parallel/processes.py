@@ -4,6 +4,10 @@ import jax
 
 from sae_jax.errors import UserError
 
+# Processes have unequal shares of the work: at its end one waits for the others
+# as long as they live. (JAX's default, 300 s, would then abort them all.)
+_FOREVER = 1_000_000
+
 
 def start_processes(coordinator: str, processes: int, process_id: int) -> None:
   """Joins this process to its job, before any device is asked for.
@@ -27,9 +31,11 @@ def start_processes(coordinator: str, processes: int, process_id: int) -> None:
     )
   try:
     if coordinator == 'auto':
-      jax.distributed.initialize()
+      jax.distributed.initialize(shutdown_timeout_seconds=_FOREVER)
     else:
-      jax.distributed.initialize(coordinator, processes, process_id)
+      jax.distributed.initialize(
+        coordinator, processes, process_id, shutdown_timeout_seconds=_FOREVER
+      )
   except (RuntimeError, ValueError) as error:
     raise UserError(
       f'--coordinator={coordinator}: the processes of this job did not find '

@@ -132,8 +132,11 @@ class BatchSource:
     return None
 
   def first_shard(self, position_rows: int) -> int:
-    """The first shard that a run at a position may ask for in this epoch."""
-    place = position_rows // self.manifest.rows_per_block % self._blocks
+    """The first shard that a run at a position may ask for in the first epoch;
+    the number of shards at its end."""
+    place = position_rows // self.manifest.rows_per_block
+    if place >= self._blocks:
+      return len(self.manifest.shards)
     window = _last_at_most(self._window_starts, place)
     return self.manifest.held_out_shards + window * self._window
 

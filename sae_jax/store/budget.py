@@ -44,26 +44,21 @@ class Trainer:
 def register(root: Path, trainer: Trainer) -> None:
   """Says which shards a run may still need, at its start and when that moves.
 
-  Raises UserError when one of them was removed before the run registered.
+  Raises UserError, and leaves what was said before, when one of them is gone.
   """
   path = root / FOLDER / f'{_name(trainer.run)}.json'
-  new = not path.exists()
   with locked(root):  # no shard is removed between the look and the entry
     manifest = read_manifest(root, complete=False)
     gone = [s for s, entry in enumerate(manifest.shards) if entry.removed]
     needed = [s for s in gone if s >= trainer.first_shard]
-    if new and needed:
+    if needed:
       raise UserError(
-        f'store.path: shards {needed[0]} to {needed[-1]} of {root} were '
-        'removed after other runs had read them: register all runs before the '
-        'harvest passes its budget (harvest with --config.store.trainers=N)'
+        f'store.path: shards {needed[0]} to {needed[-1]} of {root}, which '
+        f'{trainer.run} needs, were removed after all registered runs had read '
+        'them: start all runs before the harvest passes its budget (harvest '
+        'with --config.store.trainers=N)'
       )
     write_atomic(path, json.dumps(dataclasses.asdict(trainer)) + '\n')
-
-
-def unregister(root: Path, run: str) -> None:
-  """Takes a run's claim back."""
-  (root / FOLDER / f'{_name(run)}.json').unlink(missing_ok=True)
 
 
 def read_trainers(root: Path) -> list[Trainer]:

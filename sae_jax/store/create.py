@@ -10,6 +10,7 @@ import xxhash
 
 from sae_jax.store import quantise
 from sae_jax.store.folder import (
+  LOCK,
   check_folder,
   check_same,
   disk_errors_are_users,
@@ -31,15 +32,15 @@ def new_folder(root: str | Path) -> Iterator[Path]:
   """
   root = local_root(root)
   check_folder(root)
-  with disk_errors_are_users(root):
-    root.mkdir(parents=True, exist_ok=True)
+  made = not root.exists()
+  with disk_errors_are_users(root), locked(root, 'plans the store', make=True):
     try:
-      with locked(root, 'plans the store'):
-        for path in root.glob('*.tmp'):  # of a plan that was killed
-          path.unlink()
-        yield root
+      for path in root.glob('*.tmp'):  # of a plan that was killed
+        path.unlink()
+      yield root
     finally:
-      with contextlib.suppress(OSError):  # not empty: there is a store
+      if made and {path.name for path in root.iterdir()} == {LOCK}:
+        (root / LOCK).unlink()
         root.rmdir()
 
 

@@ -1,6 +1,7 @@
 """What a store still lacks, and its end: the manifest says `complete`."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from sae_jax.errors import UserError
@@ -19,9 +20,11 @@ from sae_jax.store.manifest import (
 from sae_jax.store.records import merge_records, read_record
 
 
-def missing_shards(root: Path, manifest: Manifest) -> list[int]:
+def missing_shards(
+  root: Path, manifest: Manifest, among: Iterable[int] | None = None
+) -> list[int]:
   """Shards that are not on the disk, or not of their right size."""
-  shards = range(len(manifest.shards))
+  shards = range(len(manifest.shards)) if among is None else among
   return [s for s in shards if read_record(root, manifest, s) is None]
 
 
@@ -56,15 +59,14 @@ def finalize(root: Path) -> Manifest:
     return manifest
 
 
-def reopen(root: Path) -> Manifest:
+def reopen(root: Path, manifest: Manifest) -> Manifest:
   """Takes `complete` back from a store of which a shard must be written again:
-  but for the planned files no checksum stands, and no statistics."""
-  with locked(root):
-    manifest = read_manifest(root, complete=False)
-    if manifest.state == COMPLETE:
-      manifest = _as_planned(manifest)
-      write_manifest(root, manifest)
-    return manifest
+  but for the planned files no checksum stands, and no statistics. The folder
+  is locked."""
+  if manifest.state == COMPLETE:
+    manifest = _as_planned(manifest)
+    write_manifest(root, manifest)
+  return manifest
 
 
 def _as_planned(manifest: Manifest) -> Manifest:

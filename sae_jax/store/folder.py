@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -24,6 +24,8 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import differences
 
+LOCK = 'lock'  # empty; see `locked`
+
 
 def check_folder(root: Path) -> None:
   """UserError when the folder holds something that is not a store."""
@@ -31,7 +33,7 @@ def check_folder(root: Path) -> None:
     return
   # A run killed before its manifest leaves sequences and temporary files.
   names = {path.name for path in root.iterdir()} if root.is_dir() else {'.'}
-  ours = {SEQUENCES, KEEP}
+  ours = {SEQUENCES, KEEP, LOCK}
   if any(n not in ours and not n.endswith('.tmp') for n in names):
     raise UserError(
       f'store.path: {root} is not an empty folder and holds no store: give '
@@ -76,22 +78,44 @@ def disk_errors_are_users(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(root: Path, why: str = '') -> Iterator[None]:
+def locked(root: Path, why: str = '', make: bool = False) -> Iterator[None]:
   """Holds the folder alone: to plan a store, remove a shard, end a harvest.
 
-  Waits for whoever has it, and says `why` if that takes a while.
+  Waits for whoever has it, and says `why` if that takes a while. make: makes
+  the folder, again if whoever had it gave it up. The lock is on a file in it,
+  since locks of folders do not reach other hosts over NFS.
   """
-  descriptor = os.open(root, os.O_RDONLY)
-  try:
+  path = root / LOCK
+  while True:
+    if make:
+      root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      if why:
-        logging.info('store: %s: waiting for another task that %s', root, why)
-      fcntl.flock(descriptor, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(descriptor)
+      if not _try_lock(descriptor):
+        if why:
+          logging.info('store: %s: waiting for another task that %s', root, why)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+      if _still_at(path, descriptor):
+        yield
+        return
+    finally:
+      os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
+  except BlockingIOError:
+    return False
+
+
+def _still_at(path: Path, descriptor: int) -> bool:
+  """Whether the open file still has its name, not renamed or deleted."""
+  try:
+    return os.path.samestat(os.fstat(descriptor), path.stat())
+  except FileNotFoundError:
+    return False
 
 
 def claim(path: Path) -> int:
@@ -99,17 +123,15 @@ def claim(path: Path) -> int:
   closed; UserError when another process has it."""
   while True:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-        return descriptor
-    except BlockingIOError:
+    if not _try_lock(descriptor):
       os.close(descriptor)
       raise UserError(
         f'store.path: another harvest is writing {path.name} in '
         f'{path.parents[1]}: wait for it, or give the tasks of one store '
         'different numbers (--config.task=0/2, --config.task=1/2)'
-      ) from None
+      )
+    if _still_at(path, descriptor):
+      return descriptor
     os.close(descriptor)  # renamed or deleted just now: try again
 
 
@@ -125,11 +147,22 @@ def allocate(path: Path, size: int) -> None:
       os.truncate(file.fileno(), size)
 
 
-def check_space(root: Path, manifest: Manifest, missing: list[int]) -> None:
-  """UserError when the shards to come do not fit on the disk."""
-  needed = sum(shard_bytes(manifest, s) for s in missing)
+def check_space(
+  root: Path, manifest: Manifest, mine: Sequence[int], missing: Sequence[int]
+) -> None:
+  """UserError when the shards to come do not fit on the disk.
+
+  mine: the shards this process writes; missing: those nobody has written yet.
+  """
+  needed = sum(shard_bytes(manifest, s) for s in mine)
   if manifest.keep_bytes:
-    needed = min(needed, manifest.keep_bytes)
+    absent = set(missing)
+    there = sum(
+      shard_bytes(manifest, s)
+      for s, entry in enumerate(manifest.shards)
+      if s not in absent and not entry.removed
+    )
+    needed = min(needed, max(manifest.keep_bytes - there, 0))
   free = shutil.disk_usage(root).free
   if needed > free:
     raise UserError(

@@ -63,7 +63,8 @@ def finish_shard(
   }
   try:
     sums = _checksums(manifest, full, record)
-    for part, path in paths.items():
+    # The claim is on the tokens' file: it takes its name last.
+    for part, path in reversed(paths.items()):
       writes[part].result()  # on the disk before the name says so
       os.replace(temporary(path), path)
       write_atomic(path.with_suffix('.blocks'), sums[part])

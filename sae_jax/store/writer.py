@@ -30,6 +30,7 @@ from sae_jax.store.folder import (
   check_space,
   claim,
   disk_errors_are_users,
+  locked,
 )
 from sae_jax.store.manifest import (
   TOKENS,
@@ -99,12 +100,14 @@ class StoreWriter:
     self._spare: mmap.mmap | None = None
     self._threads = ThreadPoolExecutor(2, 'store')  # one checks, one writes
     self._finishing: Future[None] | None = None
-    every = missing_shards(root, m)
-    self.missing = [s for s in every if shards is None or s in shards]
-    check_space(root, m, self.missing)
-    delete_rows(root, m, removed_shards(m))  # what a kill has left of them
-    if self.missing:
-      self.manifest = reopen(root)
+    with locked(root):  # no shard is removed between the two looks
+      m = read_manifest(root, complete=False)
+      every = missing_shards(root, m)
+      self.missing = [s for s in every if shards is None or s in shards]
+      check_space(root, m, self.missing, every)
+      delete_rows(root, m, removed_shards(m))  # what a kill has left of them
+      if self.missing:
+        self.manifest = reopen(root, m)
 
   def next_row(self) -> int:
     """Global number of the first row still to be written."""
@@ -127,18 +130,18 @@ class StoreWriter:
       count = min(n - at, self.manifest.shards[shard].rows - offset)
       if shard in self.missing:
         part = {site: values[at : at + count] for site, values in rows.items()}
-        self._put(shard, offset, part)
-        written += count
+        written += self._put(shard, offset, part)
       at += count
     return written
 
   def _put(
     self, shard: int, offset: int, rows: Mapping[str, np.ndarray]
-  ) -> None:
+  ) -> int:
+    """Places rows of one shard; returns how many."""
     if self._finishing and self._finishing.done():
       self._settle()  # a mistake is told at the next batch
-    if shard != self._shard:
-      self._open_shard(shard)
+    if shard != self._shard and not self._open_shard(shard):
+      return 0
     if offset != self._placed:
       raise ValueError(f'shard {shard}: row {offset}, expected {self._placed}')
     count = len(next(iter(rows.values())))
@@ -152,24 +155,34 @@ class StoreWriter:
     self._placed += count
     if self._placed == self.manifest.shards[shard].rows:
       self._finish_shard()
+    return count
 
-  def _open_shard(self, shard: int) -> None:
+  def _open_shard(self, shard: int) -> bool:
+    """Claims a shard; False: another process has finished it meanwhile."""
     if self._open:
       raise ValueError(f'shard {shard} begun before {self._shard} was full')
     if self._budget:
       await_room(self.root, self.manifest, shard, self._pause)
+    path = temporary(self._path(TOKENS, shard))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claimed, self._shard = claim(path), shard
+    if shard not in missing_shards(
+      self.root, read_manifest(self.root, complete=False), [shard]
+    ):
+      path.unlink()
+      os.close(claimed)
+      self.missing.remove(shard)
+      return False
+    self._claim, self._placed = claimed, 0
     rows = self.manifest.shards[shard].rows
     self._place = np.empty(rows, np.int64)
     self._place[shard_order(rows, self.manifest.seed, shard)] = np.arange(rows)
-    self._shard, self._placed = shard, 0
     self._memory, at = self._take_memory(shard), 0
     for part in row_parts(self.manifest):
       dtype, width = layout(self.manifest, part)
       path, size = self._path(part, shard), rows * width * dtype.itemsize
       path = temporary(path)
       path.parent.mkdir(parents=True, exist_ok=True)
-      if part == TOKENS:  # the first one: the claim on the shard
-        self._claim = claim(path)
       allocate(path, size)
       if self._memory is None:
         self._open[part] = np.memmap(path, dtype, 'r+', 0, (rows, width))
@@ -177,6 +190,7 @@ class StoreWriter:
         self._open[part] = rows_in(self._memory, at, (rows, width), dtype)
         at += pages(size)
     self._open[TOKENS][:] = shard_tokens(self.sequences, self.manifest, shard)
+    return True
 
   def _take_memory(self, shard: int) -> mmap.mmap | None:
     """Memory for the rows of a shard; None: more than a writer may hold."""

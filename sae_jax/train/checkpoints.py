@@ -113,11 +113,14 @@ def read_meta(run_dir: str | Path, step: int) -> dict[str, Any]:
 
 def oldest_position(run_dir: str | Path) -> int:
   """Data position of the oldest checkpoint that is kept, 0 without any."""
-  for step in kept_steps(run_dir):
-    try:
-      return read_meta(run_dir, step)['position']
-    except FileNotFoundError:  # just being deleted
-      continue
+  steps, before = kept_steps(run_dir), None
+  while steps != before:
+    for step in steps:
+      try:
+        return read_meta(run_dir, step)['position']
+      except FileNotFoundError:  # just being deleted: there is a newer one
+        continue
+    steps, before = kept_steps(run_dir), steps
   return 0
 
 

@@ -4,9 +4,8 @@ A run tells the store which shards its oldest checkpoint may still ask for, so
 that the harvest can remove those before and go on.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import logging
@@ -15,28 +14,40 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.store import budget
 from sae_jax.store.batches import BatchSource
+from sae_jax.store.manifest import COMPLETE, Manifest, read_manifest
 from sae_jax.store.reader import waiting_for
 from sae_jax.train import checkpoints
+from sae_jax.train.state import steps_of
 
 
 class Claim:
   """What a run may still need of a store with a budget; nothing otherwise."""
 
-  def __init__(self, source: BatchSource, folder: Path):
-    self._source, self._folder = source, folder
-    self._told = -1
+  def __init__(self, config: Config, source: BatchSource, folder: Path):
+    self._config, self._source, self._folder = config, source, folder
+    self._budget, self._told = source.manifest.keep_bytes, -1
 
   def tell(self) -> None:
-    """Tells the store from which shard on the run may need its rows."""
-    if not self._source.manifest.keep_bytes:
-      return
-    position = checkpoints.oldest_position(self._folder)
-    self._tell(self._source.first_shard(position))
+    """Tells the store from which shard on the run may need its rows.
+
+    Raises UserError when they are gone, or the budget does not fit the run.
+    """
+    if self._has_budget():
+      position = checkpoints.oldest_position(self._folder)
+      self._tell(self._source.first_shard(position))
 
   def done(self) -> None:
     """Tells the store that the run needs nothing any more."""
-    if self._source.manifest.keep_bytes:
+    if self._has_budget():
       self._tell(len(self._source.manifest.shards))
+
+  def _has_budget(self) -> bool:
+    """A harvest that goes on may have been given a budget meanwhile."""
+    if not self._budget and self._source.manifest.state != COMPLETE:
+      now = read_manifest(self._source.root, complete=False)
+      self._budget = now.keep_bytes
+      check(self._config, self._source, now)
+    return self._budget > 0
 
   def _tell(self, shard: int) -> None:
     if shard != self._told:
@@ -45,24 +56,24 @@ class Claim:
       self._told = shard
 
 
-def check(config: Config, source: BatchSource) -> None:
-  """UserError when the run and the store's budget do not fit together."""
-  m, c = source.manifest, config.train
+def check(config: Config, source: BatchSource, m: Manifest) -> None:
+  """UserError when the run and the budget of the store do not fit together."""
+  c = config.train
   if not m.keep_bytes:
     return
-  if c.rows > source.rows_per_epoch:
+  B, epoch = c.batch_rows, source.rows_per_epoch
+  if steps_of(c.rows, B) * B > epoch:
     raise UserError(
       f'config.train.rows={c.rows}: the store {source.root} is read once, its '
-      f'shards are removed on the way: give {source.rows_per_epoch} at most'
+      f'shards are removed on the way: give {epoch // B * B} at most'
     )
   if c.keep_rows:
     raise UserError(
       f'config.train.keep_rows={c.keep_rows}: rows after a checkpoint that is '
       f'kept for good could never be removed from {source.root}: set it to 0'
     )
-  budget.check_budget(
-    m, window=config.store.window, checkpoint_rows=c.keep * c.save_rows
-  )
+  between = c.keep * max(c.save_rows, B)
+  budget.check_budget(m, window=config.store.window, checkpoint_rows=between)
 
 
 def await_batch(
@@ -79,12 +90,3 @@ def await_batch(
       )
     time.sleep(0.1)
   logging.info('waited %.1f s for the harvest', time.monotonic() - began)
-
-
-@contextlib.contextmanager
-def claimed(source: BatchSource, folder: Path) -> Iterator[Claim]:
-  """The run's claim on its store, renewed at the end, when all is saved."""
-  claim = Claim(source, folder)
-  claim.tell()
-  yield claim
-  claim.tell()

@@ -45,7 +45,6 @@ def train(config: Config, run_dir: str) -> State:
   folder, c = run_folder(run_dir), config.train
   check_run(folder, config)
   source = open_source(config)
-  growing.check(config, source)
   mesh = make_mesh(config.mesh.data, config.mesh.dict)
   last = steps_of(c.rows, c.batch_rows)
   every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
@@ -55,7 +54,6 @@ def train(config: Config, run_dir: str) -> State:
   with (
     jax.set_mesh(mesh),
     lock(folder),
-    growing.claimed(source, folder) as claim,
     _stop_signals() as stop_asked,  # in force until the last save is written
     Checkpoints(folder, c.keep, every(c.keep_rows)) as checkpoints,
   ):
@@ -67,6 +65,8 @@ def train(config: Config, run_dir: str) -> State:
         f'--workdir={run_dir} is at {start * c.batch_rows} rows already: give '
         f'--config.train.rows={start * c.batch_rows} or more'
       )
+    claim = growing.Claim(config, source, folder)
+    claim.tell()
     write_config(folder, config)
     step_fn, progress = make_step(config), Progress(config, folder, start)
     batches = train_batches(source, position_rows=position)
@@ -107,6 +107,7 @@ def train(config: Config, run_dir: str) -> State:
       source.close()
       batches.close()
   if step < last:
+    claim.tell()
     logging.info('stopped: saved at step %d of %d in %s', step, last, folder)
     sys.exit(128 + stop_asked())
   claim.done()
@@ -126,6 +127,7 @@ def open_source(config: Config) -> BatchSource:
       f'{c.path} is {source.site.width} wide: set '
       f'--config.sae.d_in={source.site.width}'
     )
+  growing.check(config, source, source.manifest)
   # Of a store that is still being written at least these must be there.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
   return source

@@ -72,7 +72,8 @@ def lock(folder: Path) -> Iterator[None]:
   """Keeps a second trainer out of the folder, which is made if need be."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    # A file: locks of folders do not reach other hosts over NFS.
+    descriptor = os.open(folder / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
   except OSError as error:
     raise UserError(
       f'--workdir={folder} cannot be used ({error.strerror}): give a folder '

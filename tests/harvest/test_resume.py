@@ -52,7 +52,7 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
   assert ends.pop()[0] == 0
   assert [code for code, _ in ends] == [-signal.SIGKILL] * len(PLACES), ends
   wanted = contents(whole)
-  assert len(wanted) == 2 + 5 * (5 * 2 + 1)
+  assert len(wanted) == 3 + 5 * (5 * 2 + 1)  # manifest, lock, documents
   for store in killed.values():
     assert contents(store) != wanted
   # Once more killed on the way, at another place.

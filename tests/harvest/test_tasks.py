@@ -1,6 +1,7 @@
 """Tasks and processes that write one store, meshes, int8: the same rows."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +18,9 @@ from tiny_harvest import SITES, tiny_config, tiny_subject, write_text
 from sae_jax.errors import UserError
 from sae_jax.harvest.job import harvest
 from sae_jax.store import reader
+from sae_jax.store.budget import planned_bytes
 from sae_jax.store.finish import finalize
-from sae_jax.store.manifest import read_manifest
+from sae_jax.store.manifest import read_manifest, shard_bytes
 
 pytestmark = pytest.mark.smoke
 PROGRAM = Path(tiny_harvest.__file__)
@@ -162,21 +164,56 @@ def test_int8_rows_are_the_float32_rows_to_half_a_step(tmp_path, text):
 
 
 def test_a_second_harvest_of_a_shard_is_refused(tmp_path, text):
-  first = start(text, tmp_path / 's', 'harvest.rows=300', death='never')
-  seen = tmp_path / 's' / 'tokens'
+  store = tmp_path / 's'
+  first = start(text, store)
   deadline = time.monotonic() + 60
-  while not list(seen.glob('*.tmp')) and time.monotonic() < deadline:
-    if first.poll() is not None:
-      break
-    time.sleep(0.001)
+  while not list((store / 'tokens').glob('*.tmp')):
+    assert first.poll() is None and time.monotonic() < deadline
   first.send_signal(signal.SIGSTOP)
   try:
-    if list(seen.glob('*.tmp')):
-      with pytest.raises(UserError, match='another harvest is writing'):
-        harvest(tiny_config(text, tmp_path / 's'), tiny_subject())
+    with pytest.raises(UserError, match='another harvest is writing'):
+      harvest(tiny_config(text, store), tiny_subject())
   finally:
     first.send_signal(signal.SIGCONT)
   end(first)
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_all_processes_of_a_job_at_once(tmp_path, text):
+  """Also those that wait for the one that plans."""
+  job = f'processes={free_address()},2'
+  words = ['harvest.batch_sequences=4', 'mesh.data=2', 'mesh.dict=2']
+  words.append('harvest.rows=100000')
+  began = time.monotonic()
+  both = [
+    start(text, tmp_path / 's', *words, f'{job},{i}', devices=2)
+    for i in range(2)
+  ]
+  errors = [process.communicate(timeout=100)[1] for process in both]
+  assert time.monotonic() - began < 90
+  assert '100,000 are needed' in errors[0]
+  assert 'process 0 of this job could not plan' in errors[1]
+  assert not (tmp_path / 's').exists()
+
+
+def test_a_full_budget_leaves_room_for_a_restart(tmp_path, text, monkeypatch):
+  """What lies there already is not asked for a second time."""
+  config = tiny_config(text, tmp_path / 's')
+  manifest = harvest(config, tiny_subject())
+  for name in ('tokens', f'sites/{SITES[0]}'):
+    (tmp_path / 's' / name / 'shard-00004-of-00005.bin').unlink()
+  size = [shard_bytes(manifest, s) for s in range(5)]
+  planned = planned_bytes(manifest)
+  config.store.keep_bytes, config.store.trainers = sum(size) + planned, 1
+  usage = shutil.disk_usage('/')
+  for free in (size[4] - 1, size[4]):
+    monkeypatch.setattr(
+      shutil, 'disk_usage', lambda _, free=free: usage._replace(free=free)
+    )
+    if free < size[4]:
+      with pytest.raises(UserError, match='GB free'):
+        harvest(config, tiny_subject())
+  assert harvest(config, tiny_subject())
 
 
 @pytest.mark.parametrize('task', ['1', '2/2', 'a/b', '-1/2', '0/0'])

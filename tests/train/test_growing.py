@@ -201,6 +201,8 @@ def test_a_budget_that_is_too_small_is_refused(tmp_path):
   [
     ('train.keep_rows', 64, 'train.keep_rows=64: .* set it to 0'),
     ('train.rows', 63 * SHARD + 1, 'is read once, .* give 8064 at most'),
+    ('train.batch_rows', 112 * 16, 'is read once, .* give 7168 at most'),
+    ('train.save_rows', 1, None),  # every batch then
     ('store.window', 3, 'two windows of 3'),
     ('train.keep', 3, 'and 6 shards between'),
   ],
@@ -211,11 +213,15 @@ def test_runs_that_a_budget_cannot_feed(tmp_path, key, value, message):
   config = base_config()
   config.store.window, config.train.rows = 2, 63 * SHARD
   config.train.keep, config.train.save_rows = 2, 4 * BATCH
-  growing.check(config, source)
+  growing.check(config, source, source.manifest)
   block, _, name = key.partition('.')
   config[block][name] = value
+  if message is None:
+    growing.check(config, source, source.manifest)
+    config.train.batch_rows, config.train.keep = 4 * SHARD, 3
+    message = 'and 12 shards between'
   with pytest.raises(UserError, match=message):
-    growing.check(config, source)
+    growing.check(config, source, source.manifest)
 
 
 def test_what_may_be_written_depends_on_numbers_alone(tmp_path):
@@ -244,4 +250,11 @@ def test_a_trainer_that_comes_too_late_is_refused(tmp_path):
     assert there == (not manifest.shards[shard].removed)
   with pytest.raises(UserError, match='shards 2 to 4 of .* were removed'):
     budget.register(root, budget.Trainer('/runs/late', 1))
-  assert [t.run for t in budget.read_trainers(root)] == ['/runs/a']
+  # One that lost its checkpoints cannot claim them either.
+  with pytest.raises(UserError, match='which /runs/a needs'):
+    budget.register(root, budget.Trainer('/runs/a', 1))
+  assert budget.read_trainers(root) == [budget.Trainer('/runs/a', 5)]
+  source = BatchSource(root, SITE, BATCH, seed=0, window=2)
+  assert [source.first_shard(i * SHARD) for i in (0, 2, 3, 6, 7)] == [
+    1, 3, 3, 7, 8,
+  ]  # fmt: skip
