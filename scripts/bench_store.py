@@ -1,9 +1,9 @@
 """How fast a store is written and read, beside the disk and the page cache.
 
 python scripts/bench_store.py --part=all --width=576 --width=2304 --rounds=5
-Ours and plain reads and writes of the same bytes (dd with fsync, readinto)
-take turns, each in a process of its own, on the disk of --dir; ratios are
-medians over the rounds. A table, then a line of JSON for every figure.
+Ours and plain reads and writes (readinto, dd with fsync) take turns, each in a
+process of its own, on the disk of --dir; ratios are medians over the rounds.
+GB are those of float32 rows, also for int8. A table, then a line of JSON each.
 """
 
 import contextlib
@@ -52,17 +52,17 @@ def main() -> None:
   part = _PART.value
   with tempfile.TemporaryDirectory(dir=_DIR.value, prefix='bench_') as folder:
     check_room(Path(folder))
-    print(f'{cpu()}; {_DIR.value}; medians of {_ROUNDS.value} rounds\n'
+    print(f'{cpu()}; {_DIR.value}; GB/s, medians of {_ROUNDS.value} rounds\n'
           f'{"":26}   ours  plain  ratio  cpu s/GB  peak MB')  # fmt: skip
     figures = []
-    for width in _WIDTH.value:
+    stores = [(width, 'float32') for width in _WIDTH.value]
+    if _INT8.value:
+      stores.append((_WIDTH.value[0], 'int8'))
+    for store in stores:
       if part in ('write', 'all'):
-        figures.append(bench_write(Path(folder), width, 'float32'))
+        figures.append(bench_write(Path(folder), *store))
       if part in ('read', 'all'):
-        figures += bench_read(Path(folder), width, 'float32')
-    if _INT8.value and part != 'start':
-      figures.append(bench_write(Path(folder), _WIDTH.value[0], 'int8'))
-      figures += bench_read(Path(folder), _WIDTH.value[0], 'int8')
+        figures += bench_read(Path(folder), *store)
     if part in ('start', 'all'):
       figures.append(bench_start(Path(folder)))
   for figure in figures:
@@ -339,7 +339,7 @@ def report(name: str, rounds: list[tuple[dict, float]]) -> dict:
   """One line of the table; medians of (ours, plain GB/s) of all rounds."""
   middle = lambda values: round(statistics.median(values), 3)
   figure = {
-    'figure': name, 'gb': _GB.value, 'rows_per_shard': _SHARD.value,
+    'figure': name, 'load': round(os.getloadavg()[0], 1), 'gb': _GB.value, 'rows_per_shard': _SHARD.value,
     'ratio': middle(ours['gb_per_s'] / plain for ours, plain in rounds),
     'plain_gb_per_s': middle(plain for _, plain in rounds),
   }  # fmt: skip
