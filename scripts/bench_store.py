@@ -339,7 +339,8 @@ def report(name: str, rounds: list[tuple[dict, float]]) -> dict:
   """One line of the table; medians of (ours, plain GB/s) of all rounds."""
   middle = lambda values: round(statistics.median(values), 3)
   figure = {
-    'figure': name, 'load': round(os.getloadavg()[0], 1), 'gb': _GB.value, 'rows_per_shard': _SHARD.value,
+    'figure': name, 'load': round(os.getloadavg()[0], 1),
+    'gb': _GB.value, 'rows_per_shard': _SHARD.value,
     'ratio': middle(ours['gb_per_s'] / plain for ours, plain in rounds),
     'plain_gb_per_s': middle(plain for _, plain in rounds),
   }  # fmt: skip
