@@ -171,8 +171,9 @@ class BatchSource:
       if self._closed.wait(0.2):
         raise UserError(f'shard {shard} was not written before the reader end')
     files = self._finished[shard]
+    m, site = self.manifest, self.site.name
     try:
-      return site_file(self.root, self.manifest, self.site.name, shard, files)
+      file = site_file(self.root, m, site, shard, files)
     except UserError:
       now = read_manifest(self.root, complete=False)
       if now.shards[shard].removed:
@@ -181,6 +182,9 @@ class BatchSource:
           'trainers had read it: only later rows can be read'
         ) from None
       raise
+    if not m.keep_bytes:
+      file.keep_open()
+    return file
 
   def _locate(self, at: int) -> tuple[int, int]:
     """(shard, block in it) at place `at` of the endless stream of blocks."""

@@ -34,10 +34,9 @@ class ShardFile:
   """One .bin file of a store with the checksums of its blocks.
 
   Opening raises UserError when a size or the checksums' own checksum differ
-  from the manifest. Threads need no lock. The file stays open from the first
-  read on, unless the store has a budget: a shard that is removed must give its
-  place on the disk back. `files` are the shard's entries where the manifest
-  does not have them yet.
+  from the manifest. Threads need no lock. The file is opened for every read
+  unless `keep_open` was called. `files` are the shard's entries where the
+  manifest does not have them yet.
   """
 
   def __init__(
@@ -63,12 +62,19 @@ class ShardFile:
     if xxhash.xxh3_64_hexdigest(raw) != expected.checksum:
       raise UserError(f'{sums}: checksum differs from the manifest: {MEND}')
     self.checksums = np.frombuffer(raw, '<u8')
-    self._keep_open, self._descriptor = not manifest.keep_bytes, -1
+    self._kept, self._descriptor = False, -1
 
   def block_shape(self, block: int) -> tuple[int, int]:
     """(rows, width) of a block; the last one of a file may be shorter."""
     rows = min(self.block_rows, self.rows - block * self.block_rows)
     return rows, self.width
+
+  def keep_open(self) -> None:
+    """Leaves the file open from the next read on, until this is dropped.
+
+    Not for a store with a budget: a removed shard must free its room.
+    """
+    self._kept = True
 
   def read_into(self, block: int, out: np.ndarray) -> None:
     """Fills `out`, C-contiguous of `block_shape(block)`, checking the sum."""
@@ -114,8 +120,8 @@ class ShardFile:
         f'{self.path}: cannot be opened ({error.strerror}): was the store '
         'moved or deleted meanwhile?'
       ) from error
-    if self._keep_open:
-      weakref.finalize(self, os.close, descriptor)
+    if self._kept:
+      weakref.finalize(self, os.close, descriptor).atexit = False
       self._descriptor = descriptor
       yield descriptor
       return
@@ -150,6 +156,10 @@ class Int8File(ShardFile):
       root, manifest, scale_part(site.name), shard, files
     )
     self._columns = column_codes(site)
+
+  def keep_open(self) -> None:
+    self._steps.keep_open()
+    self._scales.keep_open()
 
   def announce(self, block: int) -> None:
     self._steps.announce(block)

@@ -1,5 +1,7 @@
 """Batches are a function of (seed, position); bad files are found and named."""
 
+import gc
+import os
 import subprocess
 import sys
 import threading
@@ -203,6 +205,31 @@ def test_damaged_tokens_and_held_out_rows_are_found(damaged):
   path.write_bytes(b'\1' + path.read_bytes()[1:])
   with pytest.raises(UserError, match=f'{path}: block 0'):
     list(reader.held_out(damaged, 'a'))
+
+
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='not Linux')
+@pytest.mark.parametrize('dtype', [None, 'int8'])
+def test_only_batches_keep_files_open_and_not_for_ever(tmp_path, dtype):
+  x = np.arange(ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)
+  sizes = dict(rows_per_shard=64, rows_per_block=8)
+  write_arrays(tmp_path, {'a': x}, dtype=dtype, **sizes)
+
+  def count():
+    paths = Path('/proc/self/fd').iterdir()
+    links = [os.readlink(path) for path in paths if path.is_symlink()]
+    return sum(link.startswith(str(tmp_path)) for link in links)
+
+  blocks = reader.shard_blocks(tmp_path, 'a', range(7))
+  for _ in range(20):
+    next(blocks)
+  assert count() == 0
+  batches = source(tmp_path)
+  for i in range(44):
+    batches[i]
+  assert count() == 6 * (2 if dtype else 1)
+  del batches
+  gc.collect()
+  assert count() == 0
 
 
 @pytest.mark.parametrize(
