@@ -7,6 +7,7 @@ GB are those of float32 rows, also for int8. A table, then a line of JSON each.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +123,11 @@ def timed_dd(path: Path, size: int) -> float:
 
 
 @contextlib.contextmanager
-def removed(root: Path):
+def removed(root: Path) -> Iterator[Path]:
   try:
     yield root
   finally:
     shutil.rmtree(root, ignore_errors=True)
-    os.sync()
 
 
 def write(root: Path, width: int, dtype: str) -> dict:
@@ -158,8 +158,6 @@ def write_role(root, width, rows, rows_per_shard, dtype) -> dict:
 
 def planned(names, rows: int, width: int, rows_per_shard: int, site=None):
   """(manifest, sequences, keep) of sequences of 1,024 tokens, a row each."""
-  import dataclasses
-
   from sae_jax.store.manifest import Site
   from sae_jax.store.plan import pack_keep, plan
 
@@ -356,9 +354,8 @@ def report(name: str, rounds: list[tuple[dict, float]]) -> dict:
 
 def cpu() -> str:
   """The processor's name and how many cores this process may use."""
-  found = None
-  with contextlib.suppress(OSError):  # /proc is Linux's
-    found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+  info = Path('/proc/cpuinfo')  # Linux's
+  found = info.exists() and re.search('model name\\s*: (.*)', info.read_text())
   name = found[1] if found else 'unknown processor'
   return f'{name}, {len(os.sched_getaffinity(0))} cores'
 
