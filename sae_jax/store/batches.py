@@ -156,13 +156,18 @@ class BatchSource:
     mine = count // self.processes
     first = i * count + self.process * mine
     places = [self._locate(first + j) for j in range(mine)]
-    blocks = [(self._file(shard), block) for shard, block in places]
-    for file, block in blocks:
-      file.announce(block)
     shape = (mine * block_rows, self.site.width)
     out = self._pool.empty(shape, self.site.read_dtype)
-    for j, (file, block) in enumerate(blocks):
-      file.read_into(block, out[j * block_rows : (j + 1) * block_rows])
+    # What is in the page cache first; the disk is told all the rest at once.
+    rest = []
+    for j, (shard, block) in enumerate(places):
+      rows = out[j * block_rows : (j + 1) * block_rows]
+      file = self._file(shard)
+      if not file.read_cached(block, rows):
+        file.announce(block)
+        rest.append((file, block, rows))
+    for file, block, rows in rest:
+      file.read_into(block, rows)
     return out
 
   def _open_file(self, shard: int) -> ShardFile:
