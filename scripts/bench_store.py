@@ -1,12 +1,13 @@
 """How fast a store is written and read, beside the disk and the page cache.
 
 python scripts/bench_store.py --part=all --width=576 --width=2304 --rounds=5
-Ours and plain reads and writes of the same bytes (dd with fsync, readinto)
-take turns, each in a process of its own, on the disk of --dir; ratios are
-medians over the rounds. A table, then a line of JSON for every figure.
+Ours and plain reads and writes (readinto, dd with fsync) take turns, each in a
+process of its own, on the disk of --dir; ratios are medians over the rounds.
+GB are those of float32 rows, also for int8. A table, then a line of JSON each.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +53,17 @@ def main() -> None:
   part = _PART.value
   with tempfile.TemporaryDirectory(dir=_DIR.value, prefix='bench_') as folder:
     check_room(Path(folder))
-    print(f'{cpu()}; {_DIR.value}; medians of {_ROUNDS.value} rounds\n'
+    print(f'{cpu()}; {_DIR.value}; GB/s, medians of {_ROUNDS.value} rounds\n'
           f'{"":26}   ours  plain  ratio  cpu s/GB  peak MB')  # fmt: skip
     figures = []
-    for width in _WIDTH.value:
+    stores = [(width, 'float32') for width in _WIDTH.value]
+    if _INT8.value:
+      stores.append((_WIDTH.value[0], 'int8'))
+    for store in stores:
       if part in ('write', 'all'):
-        figures.append(bench_write(Path(folder), width, 'float32'))
+        figures.append(bench_write(Path(folder), *store))
       if part in ('read', 'all'):
-        figures += bench_read(Path(folder), width, 'float32')
-    if _INT8.value and part != 'start':
-      figures.append(bench_write(Path(folder), _WIDTH.value[0], 'int8'))
-      figures += bench_read(Path(folder), _WIDTH.value[0], 'int8')
+        figures += bench_read(Path(folder), *store)
     if part in ('start', 'all'):
       figures.append(bench_start(Path(folder)))
   for figure in figures:
@@ -122,12 +123,11 @@ def timed_dd(path: Path, size: int) -> float:
 
 
 @contextlib.contextmanager
-def removed(root: Path):
+def removed(root: Path) -> Iterator[Path]:
   try:
     yield root
   finally:
     shutil.rmtree(root, ignore_errors=True)
-    os.sync()
 
 
 def write(root: Path, width: int, dtype: str) -> dict:
@@ -158,8 +158,6 @@ def write_role(root, width, rows, rows_per_shard, dtype) -> dict:
 
 def planned(names, rows: int, width: int, rows_per_shard: int, site=None):
   """(manifest, sequences, keep) of sequences of 1,024 tokens, a row each."""
-  import dataclasses
-
   from sae_jax.store.manifest import Site
   from sae_jax.store.plan import pack_keep, plan
 
@@ -339,7 +337,8 @@ def report(name: str, rounds: list[tuple[dict, float]]) -> dict:
   """One line of the table; medians of (ours, plain GB/s) of all rounds."""
   middle = lambda values: round(statistics.median(values), 3)
   figure = {
-    'figure': name, 'gb': _GB.value, 'rows_per_shard': _SHARD.value,
+    'figure': name, 'load': round(os.getloadavg()[0], 1),
+    'gb': _GB.value, 'rows_per_shard': _SHARD.value,
     'ratio': middle(ours['gb_per_s'] / plain for ours, plain in rounds),
     'plain_gb_per_s': middle(plain for _, plain in rounds),
   }  # fmt: skip
@@ -355,9 +354,8 @@ def report(name: str, rounds: list[tuple[dict, float]]) -> dict:
 
 def cpu() -> str:
   """The processor's name and how many cores this process may use."""
-  found = None
-  with contextlib.suppress(OSError):  # /proc is Linux's
-    found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+  info = Path('/proc/cpuinfo')  # Linux's
+  found = info.exists() and re.search('model name\\s*: (.*)', info.read_text())
   name = found[1] if found else 'unknown processor'
   return f'{name}, {len(os.sched_getaffinity(0))} cores'
 

@@ -159,13 +159,18 @@ class BatchSource:
     mine = count // self.processes
     first = i * count + self.process * mine
     places = [self._locate(first + j) for j in range(mine)]
-    blocks = [(self._file(shard), block) for shard, block in places]
-    for file, block in blocks:
-      file.announce(block)
     shape = (mine * block_rows, self.site.width)
     out = self._pool.empty(shape, self.site.read_dtype)
-    for j, (file, block) in enumerate(blocks):
-      file.read_into(block, out[j * block_rows : (j + 1) * block_rows])
+    # What is in the page cache first; the disk is told all the rest at once.
+    rest = []
+    for j, (shard, block) in enumerate(places):
+      rows = out[j * block_rows : (j + 1) * block_rows]
+      file = self._file(shard)
+      if not file.read_cached(block, rows):
+        file.announce(block)
+        rest.append((file, block, rows))
+    for file, block, rows in rest:
+      file.read_into(block, rows)
     return out
 
   def _open_file(self, shard: int) -> ShardFile:
@@ -174,8 +179,9 @@ class BatchSource:
       if self._closed.wait(0.2):
         raise UserError(f'shard {shard} was not written before the reader end')
     files = self._finished[shard]
+    m, site = self.manifest, self.site.name
     try:
-      return site_file(self.root, self.manifest, self.site.name, shard, files)
+      file = site_file(self.root, m, site, shard, files)
     except UserError:
       now = read_manifest(self.root, complete=False)
       if now.shards[shard].removed:
@@ -184,6 +190,9 @@ class BatchSource:
           'trainers had read it: only later rows can be read'
         ) from None
       raise
+    if not m.keep_bytes:
+      file.keep_open()
+    return file
 
   def _locate(self, at: int) -> tuple[int, int]:
     """(shard, block in it) at place `at` of the endless stream of blocks."""

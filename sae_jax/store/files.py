@@ -4,6 +4,7 @@ Every block is checked on read.
 """
 
 import contextlib
+import errno
 import os
 import weakref
 from collections.abc import Iterator
@@ -34,10 +35,9 @@ class ShardFile:
   """One .bin file of a store with the checksums of its blocks.
 
   Opening raises UserError when a size or the checksums' own checksum differ
-  from the manifest. Threads need no lock. The file stays open from the first
-  read on, unless the store has a budget: a shard that is removed must give its
-  place on the disk back. `files` are the shard's entries where the manifest
-  does not have them yet.
+  from the manifest. Threads need no lock. The file is opened for every read
+  unless `keep_open` was called. `files` are the shard's entries where the
+  manifest does not have them yet.
   """
 
   def __init__(
@@ -63,12 +63,19 @@ class ShardFile:
     if xxhash.xxh3_64_hexdigest(raw) != expected.checksum:
       raise UserError(f'{sums}: checksum differs from the manifest: {MEND}')
     self.checksums = np.frombuffer(raw, '<u8')
-    self._keep_open, self._descriptor = not manifest.keep_bytes, -1
+    self._kept, self._descriptor = False, -1
 
   def block_shape(self, block: int) -> tuple[int, int]:
     """(rows, width) of a block; the last one of a file may be shorter."""
     rows = min(self.block_rows, self.rows - block * self.block_rows)
     return rows, self.width
+
+  def keep_open(self) -> None:
+    """Leaves the file open from the next read on, until this is dropped.
+
+    Not for a store with a budget: a removed shard must free its room.
+    """
+    self._kept = True
 
   def read_into(self, block: int, out: np.ndarray) -> None:
     """Fills `out`, C-contiguous of `block_shape(block)`, checking the sum."""
@@ -83,7 +90,29 @@ class ShardFile:
             f'needs {offset + len(view):,}: {MEND}'
           )
         got += n
+    self._check(block, view)
+
+  def read_cached(self, block: int, out: np.ndarray) -> bool:
+    """As `read_into` when that needs no disk, else returns False at once."""
+    view = out.view(np.uint8).reshape(-1).data
+    if not hasattr(os, 'RWF_NOWAIT'):  # Linux has it
+      return False
+    try:
+      with self._opened() as descriptor:
+        offset = self._offset(block)
+        n = os.preadv(descriptor, [view], offset, os.RWF_NOWAIT)
+    except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+        raise
+      return False
+    if n < len(view):  # the rest is on the disk, or missing
+      return False
+    self._check(block, view)
+    return True
+
+  def _check(self, block: int, view: memoryview) -> None:
     if xxhash.xxh3_64_intdigest(view) != self.checksums[block]:
+      offset = self._offset(block)
       raise UserError(
         f'{self.path}: block {block} (bytes {offset:,} to '
         f'{offset + len(view):,}) does not match its checksum: {MEND}'
@@ -114,8 +143,8 @@ class ShardFile:
         f'{self.path}: cannot be opened ({error.strerror}): was the store '
         'moved or deleted meanwhile?'
       ) from error
-    if self._keep_open:
-      weakref.finalize(self, os.close, descriptor)
+    if self._kept:
+      weakref.finalize(self, os.close, descriptor).atexit = False
       self._descriptor = descriptor
       yield descriptor
       return
@@ -151,9 +180,23 @@ class Int8File(ShardFile):
     )
     self._columns = column_codes(site)
 
+  def keep_open(self) -> None:
+    self._steps.keep_open()
+    self._scales.keep_open()
+
   def announce(self, block: int) -> None:
     self._steps.announce(block)
     self._scales.announce(block)
+
+  def read_cached(self, block: int, out: np.ndarray) -> bool:
+    steps = np.empty(self._steps.block_shape(block), self._steps.dtype)
+    scales = np.empty(self._scales.block_shape(block), self._scales.dtype)
+    if not self._steps.read_cached(block, steps):
+      return False
+    if not self._scales.read_cached(block, scales):
+      return False
+    quantise.decode(steps, scales, *self._columns, out)
+    return True
 
   def read_into(self, block: int, out: np.ndarray) -> None:
     steps, scales = self._steps.read(block), self._scales.read(block)

@@ -1,5 +1,8 @@
 """Batches are a function of (seed, position); bad files are found and named."""
 
+import errno
+import gc
+import os
 import subprocess
 import sys
 import threading
@@ -203,6 +206,58 @@ def test_damaged_tokens_and_held_out_rows_are_found(damaged):
   path.write_bytes(b'\1' + path.read_bytes()[1:])
   with pytest.raises(UserError, match=f'{path}: block 0'):
     list(reader.held_out(damaged, 'a'))
+
+
+@pytest.mark.parametrize('cached', [0, 100])
+@pytest.mark.parametrize('dtype', [None, 'int8'])
+def test_what_is_not_in_the_page_cache_is_read(
+  tmp_path, monkeypatch, dtype, cached
+):
+  x = np.arange(ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)
+  sizes = dict(rows_per_shard=64, rows_per_block=8)
+  write_arrays(tmp_path, {'a': x}, dtype=dtype, **sizes)
+  wanted = [source(tmp_path)[i].copy() for i in range(22)]
+  preadv, asked = os.preadv, []
+
+  def cold(descriptor, buffers, offset, flags=0):
+    if not flags:
+      return preadv(descriptor, buffers, offset)
+    asked.append(offset)
+    if not cached:
+      raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')
+    buffers[0][:] = bytes(len(buffers[0]))  # a part of it was there
+    return min(cached, len(buffers[0]) - 1)
+
+  monkeypatch.setattr(os, 'preadv', cold)
+  batches = source(tmp_path)
+  for i in range(22):
+    np.testing.assert_array_equal(batches[i], wanted[i])
+  assert asked or not hasattr(os, 'RWF_NOWAIT')
+
+
+@pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='not Linux')
+@pytest.mark.parametrize('dtype', [None, 'int8'])
+def test_only_batches_keep_files_open_and_not_for_ever(tmp_path, dtype):
+  x = np.arange(ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)
+  sizes = dict(rows_per_shard=64, rows_per_block=8)
+  write_arrays(tmp_path, {'a': x}, dtype=dtype, **sizes)
+
+  def count():
+    paths = Path('/proc/self/fd').iterdir()
+    links = [os.readlink(path) for path in paths if path.is_symlink()]
+    return sum(link.startswith(str(tmp_path)) for link in links)
+
+  blocks = reader.shard_blocks(tmp_path, 'a', range(7))
+  for _ in range(20):
+    next(blocks)
+  assert count() == 0
+  batches = source(tmp_path)
+  for i in range(44):
+    batches[i]
+  assert count() == 6 * (2 if dtype else 1)
+  del batches
+  gc.collect()
+  assert count() == 0
 
 
 @pytest.mark.parametrize(
