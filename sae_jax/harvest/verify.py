@@ -5,7 +5,7 @@ The other checks, which need no model, are store/verify.py's.
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -211,7 +211,7 @@ def _compare(
 ) -> _Compared:
   """The stored rows at these places beside those computed, [n, width]."""
   x = _stored(view, site_part(site.name), shard, at)
-  steps = np.zeros(len(at))
+  steps: Any = 0.0  # what storing may move a row by
   if site.dtype == 'int8':
     codes, out = column_codes(site), np.empty((2, *y.shape), np.float32)
     scales = _stored(view, scale_part(site.name), shard, at)
@@ -219,7 +219,7 @@ def _compare(
     again, scales = quantise.encode(y, *codes)
     quantise.decode(again, scales, *codes, out[1])
     x, y = out
-    steps = np.sqrt(np.square(scales * codes[1]).sum(1))
+    steps = np.linalg.norm(scales * codes[1], axis=1)
   x, y = x.astype(np.float64), y.astype(np.float64)
   norm = np.maximum(np.linalg.norm(y, axis=1), 1e-30)
   if site.dtype == 'bfloat16':
