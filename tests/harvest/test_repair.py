@@ -240,12 +240,12 @@ def test_a_budget_does_not_hold_a_repair_up(text, tmp_path):
   before = damage.contents(root)
 
   def bound(data):
-    data['keep_bytes'] = 60_000
+    data['keep_bytes'] = 20_000
 
   damage.edit(root / 'manifest.json', bound)
   flipped(SITE, 4)(root)
   mend(root)  # without a trainer, a harvest would wait for one
   after = damage.contents(root)
-  assert json.loads(after.pop('manifest.json'))['keep_bytes'] == 60_000
+  assert json.loads(after.pop('manifest.json'))['keep_bytes'] == 20_000
   before.pop('manifest.json')
   assert after == before

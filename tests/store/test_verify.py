@@ -11,6 +11,7 @@ import pytest
 from sae_jax.errors import UserError
 from sae_jax.store.create import create, new_folder, write_arrays
 from sae_jax.store.manifest import Site
+from sae_jax.store.order import shard_order
 from sae_jax.store.plan import pack_keep, plan
 from sae_jax.store.quantise import columns
 from sae_jax.store.statistics import moments
@@ -309,6 +310,13 @@ def test_a_sample_of_a_sound_store_raises_no_alarm(tmp_path):
   x[rng.random(4096) < 0.002] *= 1000
   x[:, 11] = 0.1
   write_arrays(tmp_path, {'a': x}, rows_per_shard=512, rows_per_block=16)
+  assert found_by(tmp_path) == {}
+
+
+def test_a_rare_large_row_in_a_sample_raises_no_alarm(tmp_path):
+  x = np.random.default_rng(1).normal(size=(49152, 2)).astype(np.float32)
+  x[2 * 16384 + shard_order(16384, 0, 2)[0]] = 1e4  # its place is sampled
+  write_arrays(tmp_path, {'a': x}, rows_per_shard=16384, rows_per_block=16)
   assert found_by(tmp_path) == {}
 
 
