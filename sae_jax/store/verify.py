@@ -27,6 +27,7 @@ from sae_jax.store.checks import (
   progress,
 )
 from sae_jax.store.files import MEND, check_size
+from sae_jax.store.folder import LOCK
 from sae_jax.store.manifest import (
   COMPLETE,
   DOCUMENTS,
@@ -177,7 +178,7 @@ def _record(view: View, shard: int) -> Iterator[Problem]:
 
 def _strays(view: View) -> Iterator[str]:
   """What lies in the folder and belongs to no store, or to no finished one."""
-  m, ours = view.manifest, {FILE, DOCUMENTS}
+  m, ours = view.manifest, {FILE, DOCUMENTS, LOCK}
   for shard in range(len(m.shards)):
     ours.add(record_path(view.root, m, shard).relative_to(view.root).as_posix())
     for part in parts(m):

@@ -212,14 +212,15 @@ def test_runs_that_a_budget_cannot_feed(tmp_path, key, value, message):
   source = BatchSource(tmp_path / 'store', SITE, BATCH, seed=0, window=2)
   config = base_config()
   config.store.window, config.train.rows = 2, 63 * SHARD
+  config.train.batch_rows = BATCH
   config.train.keep, config.train.save_rows = 2, 4 * BATCH
   growing.check(config, source, source.manifest)
   block, _, name = key.partition('.')
   config[block][name] = value
   if message is None:
     growing.check(config, source, source.manifest)
-    config.train.batch_rows, config.train.keep = 4 * SHARD, 3
-    message = 'and 12 shards between'
+    config.train.batch_rows, config.train.keep = 7 * SHARD, 1
+    message = 'and 7 shards between'
   with pytest.raises(UserError, match=message):
     growing.check(config, source, source.manifest)
 
