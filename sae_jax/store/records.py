@@ -47,7 +47,11 @@ def write_record(
     for site, m in record.moments.items()
   }
   files = {k: dataclasses.asdict(v) for k, v in record.files.items()}
-  text = json.dumps({'files': files, 'moments': moments}) + '\n'
+  # The files on a line of their own: a trainer that starts beside a harvest
+  # reads those of every shard, and moments take 9 ms to parse.
+  text = (
+    f'{{"files": {json.dumps(files)},\n"moments": {json.dumps(moments)}}}\n'
+  )
   write_atomic(record_path(root, manifest, shard), text)
 
 
@@ -97,8 +101,15 @@ def finished_files(
   """
   if manifest.state == COMPLETE:
     return manifest.shards[shard].files
-  record = load_record(root, manifest, shard)
-  return record.files if record else None
+  try:
+    with open(record_path(root, manifest, shard), encoding='utf-8') as file:
+      head = json.loads(file.readline().rstrip('\n,') + '}')
+    return {name: FileEntry(**entry) for name, entry in head['files'].items()}
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError, TypeError, AttributeError):  # laid out anew
+    record = load_record(root, manifest, shard)
+    return record.files if record else None
 
 
 def delete_record(root: Path, manifest: Manifest, shard: int) -> None:
