@@ -24,7 +24,7 @@ from sae_jax.harvest.again import (
 from sae_jax.harvest.documents import scan
 from sae_jax.harvest.job import fill, finish, make_forward, model_mesh, share_of
 from sae_jax.harvest.planning import fill_spool, made_by
-from sae_jax.harvest.positions import Filter, choose
+from sae_jax.harvest.positions import Filter
 from sae_jax.lm.subject import Subject
 from sae_jax.paths import write_atomic
 from sae_jax.store.budget import delete_rows
@@ -157,29 +157,20 @@ def replan(
       f'--repair: {config.text.path!r} is another text than the one the store '
       'was harvested from: give --text_path'
     )
-  filter_, _ = choose(
-    config.harvest,
-    bos=subject.bos,
-    eos=subject.eos,
-    special=subject.special,
-    vocab=subject.cfg.vocab,
-    extra=keep,
-  )
   with (
     locked(root, 'plans the store'),
     spool(root, m.sequence_length) as pieces,
   ):
-    fill_spool(pieces, config, text, subject, filter_)
-    sequences, bits = pieces.arrays()
-    documents = pieces.documents()
-    same = documents_checksum(documents) == m.text.get('documents_xxh3')
-    if not (same and _as_recorded(m, {SEQUENCES: sequences, KEEP: bits})):
+    packed = fill_spool(pieces, config, text, subject, keep)
+    planned = {SEQUENCES: packed.sequences, KEEP: packed.keep}
+    same = documents_checksum(packed.places) == m.text.get('documents_xxh3')
+    if not (same and _as_recorded(m, planned)):
       raise UserError(
         f'--repair: the text gives other sequences than those recorded in '
         f'{root} (tokenizers {m.made_by.get("tokenizers")}, here '
         f'{tokenizers.__version__}): nothing was changed'
       )
-    write_planned(root, m, sequences, bits, documents)
+    write_planned(root, m, packed.sequences, packed.keep, packed.places)
 
 
 def _as_recorded(m: Manifest, planned: dict[str, np.ndarray]) -> bool:

@@ -100,7 +100,8 @@ def test_smollm2():
   path = cache_dir('demo', 'SmolLM2-135M-Instruct.Q4_1.gguf')
   fields = gguf.GGUFReader(path).fields
   meta = {name: field.contents() for name, field in fields.items()}
-  tokenizer, special = tokens.from_gguf(meta, path)
+  words = tokens.from_gguf(meta, path)
+  tokenizer, special = words.tokenizer, words.special
   assert isinstance(tokenizer, tokenizers.Tokenizer)
   bos = meta['tokenizer.ggml.bos_token_id']
   eos = meta['tokenizer.ggml.eos_token_id']
