@@ -114,7 +114,7 @@ def _twice(
 
 def check_statistics(view: View, bad: Bad, exact: bool) -> Check:
   """Statistics computed again: of a sample of blocks within its error, of one
-  normaliser shard (`exact`: of all shards) to the bit; and the manifest's
+  normaliser shard (`exact`: of all shards) to ten digits; the manifest's
   against the merge of the records.
 
   The rule for a sample of n rows of a shard and one of its columns, with mean
@@ -151,7 +151,7 @@ def check_statistics(view: View, bad: Bad, exact: bool) -> Check:
   if m.state == COMPLETE and merged:
     found += _unmerged(view, sums)
   looked_at = (
-    f'{len(m.sites)} sites: {len(full)} shards to the bit, up to {_BLOCKS} '
+    f'{len(m.sites)} sites: {len(full)} shards in full, up to {_BLOCKS} '
     f'blocks of {len(sampled - full)} others'
   )
   if m.state == COMPLETE and merged:

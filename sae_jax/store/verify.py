@@ -58,7 +58,7 @@ def verify(root: str | Path, *, exact: bool = False) -> list[Check]:
   """All checks that need no model; those of a store that is being written look
   at its finished shards.
 
-  exact: whether the statistics of every shard are computed again, to the bit,
+  exact: whether the statistics of every shard are computed again in full,
   and not just those of the first normaliser shard. Raises UserError where
   there is no store.
   """

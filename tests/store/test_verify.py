@@ -92,7 +92,7 @@ def test_a_sound_store_has_no_problem(store):
   assert not any(check.warnings for check in checks)
   assert '71 files of 5 shards' in checks[0].looked_at
   assert '300 tokens' in checks[2].looked_at
-  assert '1 shards to the bit' in checks[3].looked_at
+  assert '1 shards in full' in checks[3].looked_at
   assert 'against 5 records' in checks[3].looked_at
   assert damage.contents(store) == before
 
