@@ -147,22 +147,21 @@ def allocate(path: Path, size: int) -> None:
       os.truncate(file.fileno(), size)
 
 
-def check_space(
-  root: Path, manifest: Manifest, mine: Sequence[int], missing: Sequence[int]
-) -> None:
-  """UserError when the shards to come do not fit on the disk.
-
-  mine: the shards this process writes; missing: those nobody has written yet.
-  """
-  needed = sum(shard_bytes(manifest, s) for s in mine)
+def check_space(root: Path, manifest: Manifest, missing: Sequence[int]) -> None:
+  """UserError when the shards to come, of all tasks, do not fit on the disk."""
+  absent = set(missing)
+  sizes = [shard_bytes(manifest, s) for s in range(len(manifest.shards))]
+  needed = sum(sizes[s] for s in absent)
   if manifest.keep_bytes:
-    absent = set(missing)
     there = sum(
-      shard_bytes(manifest, s)
+      sizes[s]
       for s, entry in enumerate(manifest.shards)
       if s not in absent and not entry.removed
     )
     needed = min(needed, max(manifest.keep_bytes - there, 0))
+  for path in root.rglob('*.bin.tmp'):  # other tasks' shards have their room
+    with contextlib.suppress(FileNotFoundError):  # finished just now
+      needed -= path.stat().st_size
   free = shutil.disk_usage(root).free
   if needed > free:
     raise UserError(

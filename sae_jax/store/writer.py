@@ -104,7 +104,7 @@ class StoreWriter:
       m = read_manifest(root, complete=False)
       every = missing_shards(root, m)
       self.missing = [s for s in every if shards is None or s in shards]
-      check_space(root, m, self.missing, every)
+      check_space(root, m, every if self.missing else [])
       delete_rows(root, m, removed_shards(m))  # what a kill has left of them
       if self.missing:
         self.manifest = reopen(root, m)

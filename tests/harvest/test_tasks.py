@@ -216,6 +216,25 @@ def test_a_full_budget_leaves_room_for_a_restart(tmp_path, text, monkeypatch):
   assert harvest(config, tiny_subject())
 
 
+def test_a_task_asks_for_the_room_of_all(tmp_path, text, monkeypatch):
+  config = tiny_config(text, tmp_path / 's')
+  config.task = '0/2'
+  assert harvest(config, tiny_subject()) is None
+  manifest = read_manifest(tmp_path / 's', complete=False)
+  sizes = [shard_bytes(manifest, s) for s in range(5)]
+  (tmp_path / 's' / 'tokens' / 'shard-00000-of-00005.bin').unlink()
+  needed = sizes[0] + sizes[1] + sizes[3]
+  # Shard 1 is being written by its task: it has its room already.
+  other = tmp_path / 's' / 'tokens' / 'shard-00001-of-00005.bin.tmp'
+  other.write_bytes(b'0' * sizes[1])
+  usage = shutil.disk_usage('/')._replace(free=needed - sizes[1] - 1)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
+  with pytest.raises(UserError, match='GB free'):
+    harvest(config, tiny_subject())
+  usage = usage._replace(free=needed - sizes[1])
+  assert harvest(config, tiny_subject()) is None
+
+
 @pytest.mark.parametrize('task', ['1', '2/2', 'a/b', '-1/2', '0/0'])
 def test_tasks_that_are_none(tmp_path, text, task):
   config = tiny_config(text, tmp_path / 's')
