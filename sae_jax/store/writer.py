@@ -54,7 +54,11 @@ from sae_jax.store.shard import (
   temporary,
 )
 
-IN_MEMORY = 2 << 30  # bytes of rows that a writer holds at most
+# Bytes of rows that a writer holds at most: an eighth of the machine's memory,
+# so that a host of 256 GB takes two shards of Gemma Scope's size (14 GB).
+IN_MEMORY = max(
+  2 << 30, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 8
+)
 
 
 class StoreWriter:
