@@ -46,6 +46,9 @@ def train(config: Config, run_dir: str) -> State:
   check_run(folder, config)
   source = open_source(config)
   mesh = make_mesh(config.mesh.data, config.mesh.dict)
+  # Of a store that is still being written held-out and normaliser shards must
+  # be there; whatever can be refused without them has been.
+  reader.await_shards(source.root, range(source.manifest.pinned_shards))
   last = steps_of(c.rows, c.batch_rows)
   every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
 
@@ -128,8 +131,6 @@ def open_source(config: Config) -> BatchSource:
       f'--config.sae.d_in={source.site.width}'
     )
   growing.check(config, source, source.manifest)
-  # Of a store that is still being written at least these must be there.
-  reader.await_shards(source.root, range(source.manifest.pinned_shards))
   return source
 
 

@@ -19,13 +19,6 @@ SUBJECT = tiny_subject()
 
 
 @pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('text')
-  write_text(folder)
-  return folder
-
-
-@pytest.fixture(scope='module')
 def store(text, tmp_path_factory):
   root = tmp_path_factory.mktemp('harvest') / 'store'
   harvest(tiny_config(text, root), SUBJECT)

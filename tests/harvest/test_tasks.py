@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_harvest
-from tiny_harvest import SITES, tiny_config, tiny_subject, write_text
+from tiny_harvest import SITES, tiny_config, tiny_subject
 
 from sae_jax.errors import UserError
 from sae_jax.harvest.job import harvest
@@ -25,13 +25,6 @@ from sae_jax.store.manifest import read_manifest, shard_bytes
 pytestmark = pytest.mark.smoke
 PROGRAM = Path(tiny_harvest.__file__)
 ROOT = PROGRAM.parents[2]
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('text')
-  write_text(folder)
-  return folder
 
 
 def start(text, store, *changes, death='never', devices=1):
