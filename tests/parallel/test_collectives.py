@@ -37,7 +37,8 @@ def test_every_kind_its_axis_and_its_size():
     d = jax.lax.all_to_all(x * 4, 'dict', 0, 0, tiled=True)
     e = jax.lax.ppermute(x * 5, 'data', [(0, 1), (1, 0)])
     f = jax.lax.pmax(x[0, :3], ('data', 'dict'))
-    return sum(v.sum() for v in (a, b, c, d, e, f))[None]
+    parts = (a, b, c, d, e, f)
+    return jnp.stack([v.sum() for v in parts]).sum()[None]
 
   assert summary(_text(function, (8, 16)), MESH) == {
     ('dict', 'all-reduce'): (1, 128, 512),
