@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_jax.parallel import hlo
+from sae_jax.parallel.groups import replica_groups
 from sae_jax.parallel.hlo import Instruction, Program
 
 KINDS = (
@@ -113,7 +114,7 @@ def _payload(
 def _axis(attributes: str, mesh: Any) -> tuple[str, int]:
   """The axes along which devices of a group differ, and the group's size."""
   shape, names = tuple(mesh.axis_sizes), mesh.axis_names
-  groups = _groups(attributes, int(np.prod(shape)))
+  groups = replica_groups(attributes, int(np.prod(shape)))
   # Programs number devices by their place in the mesh.
   place = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape), 1)
   differ = np.zeros(len(shape), bool)
@@ -121,49 +122,3 @@ def _axis(attributes: str, mesh: Any) -> tuple[str, int]:
     differ |= (place[group] != place[group[0]]).any(0)
   axis = '+'.join(n for n, d in zip(names, differ, strict=True) if d)
   return axis, max(len(set(g)) for g in groups)
-
-
-def _groups(attributes: str, devices: int) -> list[list[int]]:
-  """Groups of devices that talk to each other, in any of the notations."""
-  lists = r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}'
-  if found := re.search(lists, attributes):
-    inner = re.findall(r'\{([\d, ]*)\}', found[1])
-    return [[int(n) for n in g.split(',')] for g in inner if g]
-  iota = r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
-  if found := re.search(iota, attributes):
-    numbers = lambda s: [int(n) for n in s.split(',')]
-    ids = np.arange(np.prod(numbers(found[2]))).reshape(numbers(found[2]))
-    if found[3]:
-      ids = ids.transpose(numbers(found[3]))
-    return ids.reshape(numbers(found[1])).tolist()
-  if found := re.search(
-    r'replica_groups=mesh\[([^]]*)\] \{([^}]*)\}', attributes
-  ):
-    return _mesh_groups(found[1], found[2])
-  if 'replica_groups={}' in attributes or 'replica_groups' not in attributes:
-    return [list(range(devices))]
-  raise ValueError(f'replica groups in an unknown notation: {attributes[:200]}')
-
-
-def _mesh_groups(axes: str, moved: str) -> list[list[int]]:
-  """Groups written as axes of a mesh: 'a'=2,'b'=4 and 'a','b':(2)2.
-
-  'b':(2)2 is the part of axis b of size 2 behind a part of size 2.
-  """
-  shape, along = [], []
-  parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", moved)
-  for name, size in re.findall(r"'(\w+)'=(\d+)", axes):
-    sizes, cuts = [int(size)], [p for p in parts if p[0] == name]
-    if any(p[1] for p in cuts):
-      ((_, before, part),) = cuts
-      rest = int(size) // (int(before) * int(part))
-      sizes, moving = [int(before), int(part), rest], [False, True, False]
-    else:
-      moving = [bool(cuts)]
-    shape += sizes
-    along += moving
-  order = [j for j, m in enumerate(along) if not m]
-  order += [j for j, m in enumerate(along) if m]
-  group = int(np.prod([n for n, m in zip(shape, along, strict=True) if m]))
-  ids = np.arange(np.prod(shape)).reshape(shape).transpose(order)
-  return ids.reshape(-1, group).tolist()

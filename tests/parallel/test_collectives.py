@@ -105,6 +105,8 @@ def test_sums_of_several_arrays_and_of_types():
   [
     '{{0,4},{1,5},{2,6},{3,7}}', '[4,2]<=[2,4]T(1,0)',
     "mesh['data'=2,'dict'=4] {'data'}",
+    "mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}",
+    "mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'b'}",
     "mesh['a'=2,'b'=2,'c'=2] {'a'}", "mesh['x'=8] {'x':(1)2}",
   ],
 )  # fmt: skip
