@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sae_jax.models import activations
 from sae_jax.models.activations import JumpReLU
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
@@ -23,6 +24,7 @@ class Terms(NamedTuple):
   l0: jax.Array  # mean active latents of a row
   penalty: jax.Array  # loss - mse
   fired: jax.Array  # [F@dict] bool: active in at least one row
+  seen: jax.Array  # [] what the activation's `update` wants to know
 
 
 class Batch(NamedTuple):
@@ -70,7 +72,7 @@ class AuxK(struct.PyTreeNode):
     e = jax.lax.stop_gradient(batch.error)
     z = jnp.where(batch.dead, batch.z, -jnp.inf)
     # Fewer than k dead latents: the rest of the k fall on living ones.
-    mask = select.top_k_mask(jax.lax.stop_gradient(z), self.k) & batch.dead
+    mask = select.top_k_mask(z, self.k) & batch.dead
     e_hat = sae.contribution(jnp.where(mask, jax.nn.relu(batch.z), 0))
     ratio = _squared(e - e_hat) / _squared(e - e.mean(0))
     return self.coef * jnp.where(batch.dead.any(), ratio, 0)
@@ -87,14 +89,16 @@ def loss(
   *,
   dead: jax.Array,
   ramp: jax.Array,
+  training: bool = True,
 ) -> tuple[jax.Array, Terms]:
   """Loss [] and its terms for normalised inputs n [B@data, D], targets t.
 
-  mean_b |t - t_hat|^2 (summed over E) + penalties. `sae` may lack its
-  normalisers: nothing here reads them.
+  mean_b |t - t_hat|^2 (summed over E) + penalties. Latents by the activation's
+  rule of training, or of use. `sae` may lack its normalisers: nothing here
+  reads them.
   """
   z = sae.pre(n)
-  f = sae.act(z)
+  f = activations.in_training(sae.act, z) if training else sae.act(z)
   error = t - sae.reconstruct(f)
   mse = _squared(error)
   batch = Batch(z, error, dead, ramp)
@@ -106,6 +110,7 @@ def loss(
     l0=active.sum(-1).astype(mse.dtype).mean(),
     penalty=penalty,
     fired=active.any(0),
+    seen=activations.observe(sae.act, f),
   )
   return mse + penalty, terms
 

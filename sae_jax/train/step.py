@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sae_jax.config import Config
-from sae_jax.models import objectives
+from sae_jax.models import activations, objectives
 from sae_jax.train import optim
 from sae_jax.train.state import (
   State,
@@ -34,6 +34,7 @@ def make_step(
   optimizer, schedule = make_optimizer(config), make_schedule(config)
   ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
   decay, penalties = config.optim.ema, make_penalties(config)
+  act_decay = config.act.theta_ema
 
   def step(state: State, x: jax.Array) -> tuple[State, Metrics]:
     n, params = state.sae.norm_in(x), learned(state.sae)
@@ -56,6 +57,8 @@ def make_step(
     else:
       (loss, terms), grads = grad(penalties)
     params, opt = optim.update(optimizer, grads, state.opt, params)
+    t = jnp.minimum(act_decay, state.step / (state.step + 1.0))  # no bias
+    params = params.replace(act=activations.update(params.act, terms.seen, t))
 
     since = jnp.minimum(state.rows_since_fired + len(x), SATURATED)
     since = jnp.where(terms.fired, 0, since)
@@ -86,5 +89,7 @@ def evaluate(state: State, x: jax.Array) -> Metrics:
   """Scalar metrics of the SAE on held-out raw rows x [B@data, D]."""
   s = final_sae(state.sae, state.ema)
   n, none = s.norm_in(x), jnp.zeros((), bool)
-  _, terms = objectives.loss(s, n, n, (), dead=none, ramp=jnp.float32(1))
+  _, terms = objectives.loss(
+    s, n, n, (), dead=none, ramp=jnp.float32(1), training=False
+  )
   return {'eval/fvu': terms.fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}
