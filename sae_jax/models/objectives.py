@@ -72,7 +72,7 @@ class AuxK(struct.PyTreeNode):
     e = jax.lax.stop_gradient(batch.error)
     z = jnp.where(batch.dead, batch.z, -jnp.inf)
     # Fewer than k dead latents: the rest of the k fall on living ones.
-    mask = select.top_k_mask(z, self.k) & batch.dead
+    mask = select.top_k_mask(jax.lax.stop_gradient(z), self.k) & batch.dead
     e_hat = sae.contribution(jnp.where(mask, jax.nn.relu(batch.z), 0))
     ratio = _squared(e - e_hat) / _squared(e - e.mean(0))
     return self.coef * jnp.where(batch.dead.any(), ratio, 0)
