@@ -85,7 +85,7 @@ class Speed:
   def __init__(self, config: Config):
     c, self._rows = config.sae, config.train.batch_rows
     flops = lambda aux: perf.step_flops(self._rows, c.d_in, c.latents, aux=aux)
-    auxk = config.act.name == 'topk' and config.loss.aux_coef > 0
+    auxk = config.act.name != 'jumprelu' and config.loss.aux_coef > 0
     self._flops = {False: flops(False), True: flops(auxk)}
     virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
     devices = 1 if virtual else config.mesh.data * config.mesh.dict

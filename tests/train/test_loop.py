@@ -48,7 +48,7 @@ def _state(workdir):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize('name', ['jumprelu', 'topk'])
+@pytest.mark.parametrize('name', ['jumprelu', 'topk', 'batchtopk'])
 def test_killed_at_random_it_ends_as_if_never_stopped(tmp_path, store, name):
   """SIGKILL three times, wherever it happens to be; then to the end."""
   flags = overrides(store)
@@ -134,7 +134,7 @@ def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['jumprelu', 'topk'])
+@pytest.mark.parametrize('name', ['jumprelu', 'topk', 'batchtopk'])
 def test_planted_atoms_are_recovered(tmp_path, name):
   """At least 90% of the planted atoms have a latent with cosine > 0.9."""
   rows, atoms = planted_rows(200_000, d=32, atoms=64, active=4)
@@ -156,6 +156,12 @@ def test_planted_atoms_are_recovered(tmp_path, name):
   print(f'{name}: {(cosine > 0.9).mean():.3f} recovered, {last}')
   assert (cosine > 0.9).mean() >= 0.9
   assert last['eval/fvu'] < 0.2
+  if name == 'batchtopk':  # by the saved threshold, on rows it has not seen
+    assert last['train/l0'] == pytest.approx(4, rel=1e-3)
+    assert last['eval/l0'] == pytest.approx(4, rel=0.1)
+    held_out = planted_rows(4096, d=32, atoms=64, active=4, seed=7)[0]
+    l0 = (np.asarray(s.encode(held_out)) != 0).sum(1).mean()
+    assert l0 == pytest.approx(4, rel=0.1)
 
 
 def test_load_gives_raw_units_and_the_newest_checkpoint(tmp_path, store):
