@@ -20,7 +20,8 @@ _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
   'train.log_rows', 'train.save_rows', 'train.keep', 'train.eval_size',
-  'mesh.data', 'mesh.dict',
+  'mesh.data', 'mesh.dict', 'distributed.heartbeat_seconds',
+  'distributed.start_seconds',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
@@ -86,6 +87,10 @@ def base_config() -> Config:
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices that share the rows of a batch
   c.mesh.dict = 1  # devices that share the dictionary
+
+  c.distributed = ConfigDict()
+  c.distributed.heartbeat_seconds = 60  # a process silent so long is dead
+  c.distributed.start_seconds = 300  # for all processes to be there
   return c
 
 
