@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sae_jax import cli
-from sae_jax.parallel.processes import start_processes
+from sae_jax.parallel.processes import ends_its_job, start_processes
 from sae_jax.train.config import validate
 from sae_jax.train.loop import train
 
@@ -35,7 +35,8 @@ def main() -> None:
     heartbeat_seconds=config.distributed.heartbeat_seconds,
     start_seconds=config.distributed.start_seconds,
   )
-  train(config, str(_WORKDIR.value))
+  with ends_its_job():
+    train(config, str(_WORKDIR.value))
 
 
 if __name__ == '__main__':

@@ -16,12 +16,13 @@ from sae_jax.parallel.mesh import DATA, DICT, check_divides
 from sae_jax.train.step import SATURATED
 
 ACTIVATIONS = ('jumprelu', 'topk')
+BAD_BLOCKS = ('stop', 'skip')
 _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
   'train.log_rows', 'train.save_rows', 'train.keep', 'train.eval_size',
   'mesh.data', 'mesh.dict', 'distributed.heartbeat_seconds',
-  'distributed.start_seconds',
+  'distributed.start_seconds', 'train.max_skipped',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
@@ -82,6 +83,9 @@ def base_config() -> Config:
   c.train.save_rows = 10_000_000  # between checkpoints; one more at the end
   c.train.keep = 2  # newest checkpoints kept
   c.train.keep_rows = 0  # also keep one every so many rows for good
+  c.train.max_skipped = 10  # updates in a row that are not finite: then back to
+  # the last checkpoint, and around these rows
+  c.train.on_bad_block = 'stop'  # or 'skip' batches that cannot be read
   c.train.resume = False  # go on in the folder although these keys changed
 
   c.mesh = ConfigDict()
@@ -112,6 +116,7 @@ def validate(config: Config) -> None:
     if not 0 <= flat[name] < 1:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
   known('config.act.name', config.act.name, ACTIVATIONS)
+  known('config.train.on_bad_block', config.train.on_bad_block, BAD_BLOCKS)
   F, batch = config.sae.latents, config.train.batch_rows
   match config.act.name:
     case 'jumprelu':
