@@ -52,12 +52,13 @@ def train(config: Config, run_dir: str) -> State:
   # Of a store that is still being written held-out and normaliser shards must
   # be there; whatever can be refused without them has been.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
+  with jax.set_mesh(mesh):
+    held_out = processes.agreed(lambda: held_out_rows(config))
   with (
     jax.set_mesh(mesh),
     _locked(folder),
     stop_signals() as stop_asked,  # in force until the last save is written
   ):
-    held_out = processes.agreed(lambda: held_out_rows(config))
     stretch = None
     while True:
       try:
