@@ -51,7 +51,7 @@ class Progress:
     values = {name: float(v) for name, v in jax.device_get(metrics).items()}
     skipped = values.get('train/skipped', 0) > 0
     if 'train/skipped' in values:  # the sum is the same after a restart
-      values['train/skipped'] = self._skips.total + skipped
+      values['train/skipped'] = float(self._skips.total + skipped)
     for name in ('train/loss', 'train/grad_norm'):
       if not skipped and not math.isfinite(values[name]):
         raise UserError(

@@ -35,6 +35,7 @@ def open_source(config: Config, part: tuple[int, int] = (0, 1)) -> BatchSource:
   source = BatchSource(
     c.path, c.site, batch, seed=config.seed, window=c.window,
     process=p, processes=parts,
+    check_sizes=config.train.on_bad_block == 'stop',
   )  # fmt: skip
   if source.site.width != config.sae.d_in:
     raise UserError(
