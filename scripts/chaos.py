@@ -41,16 +41,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE, BATCH, SAVE = 'layer_0.resid_post', 64, 10
 DEVICES = 2  # of a process
 LIMIT = 300  # seconds a start may take to its next blow, or to its end
-# What may happen, and how often. 'coordinator' and 'worker' are SIGKILL at a
-# random moment, 'save' of any process while a checkpoint is written.
-BLOWS = {'worker': 5, 'coordinator': 4, 'save': 5, 'SIGTERM': 4, 'SIGSTOP': 2}
+# Each as often. 'coordinator' and 'worker' are SIGKILL at a random moment,
+# 'save' of any process while a checkpoint is written.
+BLOWS = ('worker', 'coordinator', 'save', 'SIGTERM', 'SIGSTOP')
 
 
 def main(argv) -> None:
   del argv
   base = Path(_FOLDER.value or tempfile.mkdtemp(prefix='chaos_'))
-  rng, names = random.Random(_SEED.value), list(BLOWS)
-  blows = rng.choices(names, list(BLOWS.values()), k=_KILLS.value)
+  rng = random.Random(_SEED.value)
+  blows = [BLOWS[i % len(BLOWS)] for i in range(_KILLS.value)]
+  rng.shuffle(blows)
   rows = np.random.default_rng(0).normal(size=(16 * 256, 16))
   if not (base / 'store').exists():
     write_arrays(

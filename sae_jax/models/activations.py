@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.parallel import select
+from sae_jax.parallel.mesh import sum_latents
 
 
 def _window(z, theta, bandwidth):
@@ -90,7 +91,7 @@ class JumpReLU(struct.PyTreeNode):
 
   def l0(self, z: jax.Array) -> jax.Array:
     """Active latents of each row [...], differentiable in theta alone."""
-    return step(z, self.theta, self.bandwidth).sum(-1)
+    return sum_latents(step(z, self.theta, self.bandwidth).sum(-1))
 
   def scale(self, c: jax.Array) -> 'JumpReLU':
     param = self.param + jnp.log(c) if self.log else self.param * c

@@ -13,16 +13,27 @@ from flax import struct
 from sae_jax.models.activations import JumpReLU
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
+from sae_jax.parallel.mesh import mean_rows, sum_latents
 
 
 class Terms(NamedTuple):
-  """What one batch says besides the loss; scalars but for `fired`."""
+  """What one batch says besides the loss.
+
+  Inside shard_map the means are over this device's rows: only what the
+  gradients need is summed in there.
+  """
 
   mse: jax.Array  # mean over rows of |t - t_hat|^2
-  fvu: jax.Array  # mse over the batch's variance around its own mean
+  power: jax.Array  # mean over rows of |t|^2
+  mean: jax.Array  # [E] mean over rows of t
   l0: jax.Array  # mean active latents of a row
   penalty: jax.Array  # loss - mse
   fired: jax.Array  # [F@dict] bool: active in at least one row
+
+  @property
+  def fvu(self) -> jax.Array:
+    """mse over the variance of the targets around their own mean."""
+    return self.mse / (self.power - jnp.square(self.mean).sum())
 
 
 class Batch(NamedTuple):
@@ -30,6 +41,7 @@ class Batch(NamedTuple):
 
   z: jax.Array  # [B@data, F@dict] pre-activations
   error: jax.Array  # [B@data, E] t - t_hat
+  e_hat: jax.Array | None  # [B@data, E] what AuxK's latents make of the error
   dead: jax.Array  # [F@dict] bool
   ramp: jax.Array  # [] warm-up factor in [0, 1] of the sparsity penalty
 
@@ -49,7 +61,7 @@ class L0Penalty(struct.PyTreeNode):
   def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
     if not isinstance(sae.act, JumpReLU):
       raise TypeError(f'{type(sae.act).__name__} has no gradient of its L0')
-    l0 = sae.act.l0(batch.z).mean()
+    l0 = mean_rows(sae.act.l0(batch.z))
     if self.quadratic:
       l0 = (l0 - self.target) ** 2 / (2 * self.target)
     return batch.ramp * self.coef * l0
@@ -66,14 +78,20 @@ class AuxK(struct.PyTreeNode):
   coef: jax.Array  # []
   k: int = struct.field(pytree_node=False)
 
-  def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
-    e = jax.lax.stop_gradient(batch.error)
-    z = jnp.where(batch.dead, batch.z, -jnp.inf)
+  def latents(self, z: jax.Array, dead: jax.Array) -> jax.Array:
+    """The dead latents [..., F] that are to explain the error."""
+    best = jax.lax.stop_gradient(jnp.where(dead, z, -jnp.inf))
     # Fewer than k dead latents: the rest of the k fall on living ones.
-    mask = select.top_k_mask(jax.lax.stop_gradient(z), self.k) & batch.dead
-    e_hat = sae.contribution(jnp.where(mask, jax.nn.relu(batch.z), 0))
-    ratio = _squared(e - e_hat) / _squared(e - e.mean(0))
-    return self.coef * jnp.where(batch.dead.any(), ratio, 0)
+    mask = select.top_k_mask(best, self.k) & dead
+    return jnp.where(mask, jax.nn.relu(z), 0)
+
+  def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
+    del sae
+    assert batch.e_hat is not None
+    e = jax.lax.stop_gradient(batch.error)
+    ratio = _squared(e - batch.e_hat) / _squared(e - mean_rows(e))
+    any_dead = sum_latents(batch.dead.sum()) > 0
+    return self.coef * jnp.where(any_dead, ratio, 0)
 
 
 Penalty = L0Penalty | AuxK
@@ -87,23 +105,27 @@ def loss(
   *,
   dead: jax.Array,
   ramp: jax.Array,
+  dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Terms]:
   """Loss [] and its terms for normalised inputs n [B@data, D], targets t.
 
-  mean_b |t - t_hat|^2 (summed over E) + penalties. `sae` may lack its
-  normalisers: nothing here reads them.
+  mean_b |t - t_hat|^2 (summed over E) + penalties; the large products have
+  factors of `dtype`. `sae` may lack its normalisers: nothing here reads them.
   """
-  z = sae.pre(n)
+  z = sae.pre(n, dtype)
   f = sae.act(z)
-  error = t - sae.reconstruct(f)
+  extra = [p.latents(z, dead) for p in penalties if isinstance(p, AuxK)]
+  made, *e_hat = sae.contributions(f, *extra, dtype=dtype)
+  error = t - (made + sae.b_dec)
   mse = _squared(error)
-  batch = Batch(z, error, dead, ramp)
+  batch = Batch(z, error, e_hat[0] if e_hat else None, dead, ramp)
   penalty = sum((p(sae, batch) for p in penalties), jnp.zeros_like(mse))
   active = jax.lax.stop_gradient(f) != 0
   terms = Terms(
     mse=mse,
-    fvu=mse / _squared(t - t.mean(0)),
-    l0=active.sum(-1).astype(mse.dtype).mean(),
+    power=jnp.square(t).sum(-1).mean(),
+    mean=t.mean(0),
+    l0=sum_latents(active.sum(-1, dtype=mse.dtype).mean()),
     penalty=penalty,
     fired=active.any(0),
   )
@@ -112,4 +134,4 @@ def loss(
 
 def _squared(x: jax.Array) -> jax.Array:
   """mean_b |x_b|^2."""
-  return jnp.square(x).sum(-1).mean()
+  return mean_rows(jnp.square(x).sum(-1))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.models.activations import Activation
-from sae_jax.parallel.mesh import DICT, rows_spec, spec
+from sae_jax.models.products import product
+from sae_jax.parallel.mesh import DICT, rows_spec, spec, sum_latents
 
 
 class Norm(struct.PyTreeNode):
@@ -46,23 +47,30 @@ class SAE(struct.PyTreeNode):
   norm_out: Norm
   pre_bias: bool = struct.field(pytree_node=False)
 
-  def pre(self, n: jax.Array) -> jax.Array:
-    """Pre-activations [..., F] of normalised rows [..., D]."""
+  def pre(self, n: jax.Array, dtype=None) -> jax.Array:
+    """Pre-activations [..., F] of normalised rows [..., D].
+
+    dtype: that of the product's factors, see `products.product`.
+    """
     bias = self.b_enc
     if self.pre_bias:
-      bias = bias - jnp.einsum('d,fd->f', self.b_dec, self.W_enc)
-    return jnp.einsum('...d,fd->...f', n, self.W_enc) + bias
+      bias = bias - product('d,fd->f', self.b_dec, self.W_enc)
+    return product('...d,fd->...f', n, self.W_enc, dtype) + bias
 
   def reconstruct(self, f: jax.Array) -> jax.Array:
-    """Normalised reconstruction [..., E] of normalised latents [..., F].
+    """Normalised reconstruction [..., E] of normalised latents [..., F]."""
+    return self.contributions(f)[0] + self.b_dec
 
-    Costs one all-reduce of [..., E] over `dict`.
+  def contributions(self, *codes: jax.Array, dtype=None) -> list[jax.Array]:
+    """f W_dec [..., E], without the bias, of each f [..., F] of `codes`.
+
+    Costs one all-reduce over `dict` of all of them together.
     """
-    return self.contribution(f) + self.b_dec
-
-  def contribution(self, f: jax.Array) -> jax.Array:
-    """f W_dec without the bias [..., E]."""
-    return jnp.einsum('...f,fe->...e', f, self.W_dec, out_sharding=rows_spec(f))
+    parts = [
+      product('...f,fe->...e', f, self.W_dec, dtype, rows_spec(f))
+      for f in codes
+    ]
+    return list(sum_latents(jnp.stack(parts)))
 
   def encode(self, x: jax.Array) -> jax.Array:
     """Latents [..., F] of rows x [..., D]; raw units both."""

@@ -1,7 +1,10 @@
 """The device mesh: axis names, construction from two numbers, checks.
 
 Rows lie on `data`, latents on `dict`, in JAX's explicit mode: a sharding is
-part of an array's type, and every collective is visible in the source.
+part of an array's type, and every collective is visible in the source. The
+gradients of a step are taken inside `shard_map` (manual mode), where an array
+is one device's part. `sum_latents` and `mean_rows` are right in both modes and
+without a mesh: a model is written once.
 """
 
 from collections.abc import Sequence
@@ -58,8 +61,60 @@ def spec(*axes: str | None) -> P | None:
 
 def rows_spec(x: jax.Array) -> P | None:
   """The spec of x with its last dimension whole: where its rows lie."""
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes:
     return None
   axes = tuple(jax.typeof(x).sharding.spec)  # may be shorter than ndim
   axes = (axes + (None,) * x.ndim)[: x.ndim - 1]
   return P(*axes, None)
+
+
+def manual(axis: str) -> bool:
+  """Whether code runs inside a shard_map over that axis of the mesh."""
+  return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def sum_latents(x: jax.Array) -> jax.Array:
+  """The sum over the dictionary of x, a sum over this device's latents."""
+  return jax.lax.psum(x, DICT) if manual(DICT) else x
+
+
+def mean_rows(x: jax.Array) -> jax.Array:
+  """The mean over all rows of the batch of x [B@data, ...]."""
+  mean = x.mean(0)
+  return jax.lax.pmean(mean, DATA) if manual(DATA) else mean
+
+
+def varying(x: Any) -> frozenset[str]:
+  """The axes along which x has values of each device's own, in manual mode."""
+  a = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+  return a.manual_axis_type.varying
+
+
+def vary(x: jax.Array, *axes: str) -> jax.Array:
+  """x as a value of each device of its own along the axes, in manual mode.
+
+  Its gradient then stays what each device found: no sum is taken.
+  """
+  missing = tuple(a for a in axes if manual(a) and a not in varying(x))
+  return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+
+def split_latents(tree: Any, over_data: bool) -> Any:
+  """The same arrays, those [F@dict, ...] split over `data` as well, or, with
+  over_data False, gathered again from it. Nothing to do without a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+  return jax.reshard(tree, latent_specs(tree, over_data))
+
+
+def latent_specs(tree: Any, over_data: bool) -> Any:
+  """The specs that `split_latents` gives to the arrays of a tree."""
+
+  def one(a):
+    axes = tuple(jax.typeof(a).sharding.spec)
+    if axes and axes[0] in (DICT, (DICT, DATA)):
+      axes = ((DICT, DATA) if over_data else DICT, *axes[1:])
+    return P(*axes)
+
+  return jax.tree.map(one, tree)

@@ -17,12 +17,13 @@ from sae_jax.train.step import SATURATED
 
 ACTIVATIONS = ('jumprelu', 'topk')
 BAD_BLOCKS = ('stop', 'skip')
+COMPUTE_DTYPES = ('float32', 'bfloat16')
 _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
-  'train.log_rows', 'train.save_rows', 'train.keep', 'train.eval_size',
-  'mesh.data', 'mesh.dict', 'distributed.heartbeat_seconds',
-  'distributed.start_seconds', 'train.max_skipped',
+  'train.micro_batches', 'train.log_rows', 'train.save_rows', 'train.keep',
+  'train.eval_size', 'mesh.data', 'mesh.dict', 'train.max_skipped',
+  'distributed.heartbeat_seconds', 'distributed.start_seconds',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
@@ -77,6 +78,8 @@ def base_config() -> Config:
   c.train = ConfigDict()
   c.train.rows = 1_000_000
   c.train.batch_rows = 4096  # B, over all devices
+  c.train.micro_batches = 1  # parts of a batch, one after the other
+  c.train.compute_dtype = 'float32'  # or 'bfloat16': factors of the products
   c.train.log_rows = 50_000  # between metrics
   c.train.eval_rows = 0  # between evaluations on held-out rows, 0 for none
   c.train.eval_size = 8192  # held-out rows of such an evaluation
@@ -91,6 +94,7 @@ def base_config() -> Config:
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices that share the rows of a batch
   c.mesh.dict = 1  # devices that share the dictionary
+  c.mesh.zero1 = False  # split the optimiser's state over `data` too
 
   c.distributed = ConfigDict()
   c.distributed.heartbeat_seconds = 60  # a process silent so long is dead
@@ -117,6 +121,9 @@ def validate(config: Config) -> None:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
   known('config.act.name', config.act.name, ACTIVATIONS)
   known('config.train.on_bad_block', config.train.on_bad_block, BAD_BLOCKS)
+  known(
+    'config.train.compute_dtype', config.train.compute_dtype, COMPUTE_DTYPES
+  )
   F, batch = config.sae.latents, config.train.batch_rows
   match config.act.name:
     case 'jumprelu':
@@ -138,6 +145,18 @@ def validate(config: Config) -> None:
     )
   check_divides('config.sae.latents', F, DICT, config.mesh.dict)
   check_divides('config.train.batch_rows', batch, DATA, config.mesh.data)
+  parts, data = config.train.micro_batches, config.mesh.data
+  if batch % (parts * data):
+    raise UserError(
+      f'config.train.batch_rows={batch} is not divisible by config.mesh.data='
+      f'{data} x config.train.micro_batches={parts}: change one of them'
+    )
+  if config.mesh.zero1 and F % (data * config.mesh.dict):
+    raise UserError(
+      f'config.sae.latents={F} is not divisible by config.mesh.data={data} x '
+      f'config.mesh.dict={config.mesh.dict}, as config.mesh.zero1 asks: use '
+      'another mesh, or zero1=False'
+    )
 
 
 def known(what: str, name: str, names: Sequence[str]) -> None:

@@ -68,6 +68,7 @@ def train(config: Config, run_dir: str) -> State:
         break
       except skipping.BadStretch as found:
         stretch = found
+        processes.agreed(lambda: skipping.forget(folder))
         source = _open(config, run_dir)[1]
   rows = step * config.train.batch_rows
   if step < steps_of(config.train.rows, config.train.batch_rows):
@@ -121,9 +122,7 @@ def _run(
     with (
       contextlib.closing(progress),
       _closed(batches, source),
-      jax.transfer_guard(
-        'disallow'
-      ),  # what moves is asked for in so many words
+      jax.transfer_guard('disallow'),  # every transfer is an explicit one
     ):
       for step in range(start, last + 1):
         over = step == last or stop_asked()
@@ -138,6 +137,8 @@ def _run(
         if held_out is not None and (step > start or not start):
           if step == last or step % every(c.eval_rows) == 0:
             progress.write(step, _evaluate(state, held_out))
+        # Going back must lead behind what is being skipped.
+        save = save and (over or ahead or not skips.in_a_row)
         if save and step != checkpoints.latest():
           checkpoints.save(
             step,

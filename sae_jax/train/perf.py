@@ -5,12 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 peak, TFLOP/s a chip, from the vendors' data sheets; the keys
-# are parts of jax.Device.device_kind in lower case, most specific first.
-_PEAK_TFLOPS = {
-  'v6 lite': 918, 'v5 lite': 197, 'v5p': 459, 'v5': 459, 'v4': 275, 'v3': 123,
-  'h200': 989, 'h100': 989, 'a100': 312,
-}  # fmt: skip
+from sae_jax.scaling.chips import chip_of
 
 
 def peak_tflops() -> float:
@@ -19,10 +14,8 @@ def peak_tflops() -> float:
   The CPU's figure is its best float32 matrix product [1024]^3 of several.
   All virtual CPU devices share the cores: there it is the machine's figure.
   """
-  kind = jax.devices()[0].device_kind.lower()
-  for name, peak in _PEAK_TFLOPS.items():
-    if name in kind:
-      return peak
+  if chip := chip_of(jax.devices()[0].device_kind):
+    return chip.tflops / chip.devices
   n, best = 1024, float('inf')
   x = jnp.ones((n, n), jnp.float32)
   product = jax.jit(lambda a, b: a @ b)

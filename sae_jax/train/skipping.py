@@ -7,6 +7,7 @@ so all skip the same batch, on any mesh, without a word between them.
 """
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from sae_jax.errors import UserError
+from sae_jax.parallel import processes
 from sae_jax.store.batches import BatchSource
 from sae_jax.train import checkpoints
 
@@ -98,6 +100,18 @@ def restore(run_dir: Path, step: int, most: int) -> Skips:
     meta.get('skipped_in_a_row', 0),
     meta.get('jumps', []),
   )
+
+
+def forget(run_dir: Path) -> None:
+  """Removes checkpoints from within a stretch that is to be gone around, if
+  one from before it is left: all that is learned in them is in that one."""
+  if not processes.is_first():
+    return
+  steps = checkpoints.kept_steps(run_dir)
+  within = [s for s in steps if restore(run_dir, s, 0).in_a_row]
+  if len(within) < len(steps):
+    for step in within:
+      shutil.rmtree(checkpoints.folder(run_dir) / str(step))
 
 
 def readable(source: BatchSource, on_bad_block: str) -> Any:

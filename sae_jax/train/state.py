@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.config import Config
 from sae_jax.models import activations, objectives, sae
 from sae_jax.models.sae import SAE, Norm
-from sae_jax.parallel.mesh import DICT, spec
+from sae_jax.parallel.mesh import DICT, spec, split_latents
 from sae_jax.train import optim
 
 
@@ -42,7 +42,9 @@ def with_norms(params: SAE, s: SAE) -> SAE:
 
 def final_sae(s: SAE, ema: SAE | None) -> SAE:
   """The SAE to use: the running mean of the weights where there is one."""
-  return s if ema is None else optim.constrain(with_norms(ema, s))
+  if ema is None:
+    return s
+  return optim.constrain(with_norms(split_latents(ema, False), s))
 
 
 def make_activation(act: Config, latents: int) -> activations.Activation:
@@ -103,13 +105,14 @@ def init_state(config: Config, norm: Norm) -> State:
     pre_bias=config.sae.pre_bias,
   )
   params: Any = learned(s)  # optax's annotations know no dataclasses
+  updated = split_latents(params, config.mesh.zero1)
   return State(
     step=jnp.zeros((), jnp.int32),
     sae=s,
-    opt=make_optimizer(config).init(params),
+    opt=make_optimizer(config).init(updated),
     rows_since_fired=jnp.zeros(F, jnp.int32, out_sharding=spec(DICT)),
     # Adding zero makes copies: a donated buffer may appear once only.
-    ema=jax.tree.map(lambda x: x + 0, params) if config.optim.ema else None,
+    ema=jax.tree.map(lambda x: x + 0, updated) if config.optim.ema else None,
   )
 
 

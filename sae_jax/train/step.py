@@ -1,6 +1,7 @@
 """One optimiser update, and the same numbers on held-out rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import optax
 
 from sae_jax.config import Config
 from sae_jax.models import objectives
+from sae_jax.parallel.mesh import split_latents
 from sae_jax.train import optim
+from sae_jax.train.gradients import gradients
 from sae_jax.train.state import (
   State,
   final_sae,
@@ -28,41 +31,58 @@ def make_step(
 ) -> Callable[[State, jax.Array], tuple[State, Metrics]]:
   """step(state, x [B@data, D] raw rows) -> (state, scalar metrics).
 
-  Jitted; the state is donated. Collectives: over `dict` the reconstruction
-  [B, E] and sums of O(B) + O(D); over `data` the gradients and O(F) counts.
+  Jitted; the state is donated. Collectives: over `dict` one all-reduce of the
+  reconstructions [B, E] and sums of O(B) + O(D); over `data` the gradients
+  once and O(F) counts, with config.mesh.zero1 as reduce-scatter of gradients
+  and all-gather of parameters. Nothing learned changes where the loss or a
+  gradient is not finite: counters go on, `train/skipped` is 1.
   """
   optimizer, schedule = make_optimizer(config), make_schedule(config)
-  ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
   decay, penalties = config.optim.ema, make_penalties(config)
+  zero1 = config.mesh.zero1
+  ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
 
-  def step(state: State, x: jax.Array) -> tuple[State, Metrics]:
-    n, params = state.sae.norm_in(x), learned(state.sae)
-    dead = state.rows_since_fired >= config.loss.dead_rows
-    ramp = jnp.minimum(state.step / max(ramp_steps, 1), 1.0)
-    grad = lambda penalties: jax.value_and_grad(objectives.loss, has_aux=True)(
+  def grad(state, x, params, dead):
+    ramp = jnp.minimum(state.step / ramp_steps, 1) if ramp_steps else 1.0
+    of = lambda penalties: gradients(
       params,
-      n,
-      n,
+      state.sae.norm_in,
+      x,
       penalties,
-      dead=dead,
-      ramp=ramp if ramp_steps else jnp.float32(1),
+      dead,
+      jnp.float32(ramp),
+      micro_batches=config.train.micro_batches,
+      dtype=jnp.dtype(config.train.compute_dtype),
+      scatter=zero1,
     )
     if any(isinstance(p, objectives.AuxK) for p in penalties):
       # AuxK is zero while nothing is dead and costs 60% of the other products.
       # A branch outside differentiation runs one side only.
-      (loss, terms), grads = jax.lax.cond(
-        dead.any(), lambda: grad(penalties), lambda: grad(())
-      )
-    else:
-      (loss, terms), grads = grad(penalties)
-    params, opt = optim.update(optimizer, grads, state.opt, params)
+      return jax.lax.cond(dead.any(), lambda: of(penalties), lambda: of(()))
+    return of(penalties)
 
-    since = jnp.minimum(state.rows_since_fired + len(x), SATURATED)
-    since = jnp.where(terms.fired, 0, since)
+  def step(state: State, x: jax.Array) -> tuple[State, Metrics]:
+    params: Any = learned(state.sae)
+    dead = state.rows_since_fired >= config.loss.dead_rows
+    loss, terms, grads = grad(state, x, params, dead)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(
+      lambda a, b: jnp.where(good, a, b) if a.dtype.kind == 'f' else a, new, old
+    )
+
+    before = split_latents(params, zero1)
+    after, opt = optim.update(optimizer, grads, state.opt, before)
+    after, opt = keep(after, before), keep(opt, state.opt)
     ema = state.ema
     if ema is not None:  # first step: the weights themselves, so no bias
       t = jnp.minimum(decay, state.step / (state.step + 1.0))
-      ema = jax.tree.map(lambda a, b: t * a + (1 - t) * b, ema, params)
+      mean = jax.tree.map(lambda a, b: t * a + (1 - t) * b, ema, after)
+      ema = keep(mean, ema)
+
+    since = jnp.minimum(state.rows_since_fired + len(x), SATURATED)
+    since = jnp.where(terms.fired & good, 0, since)
+    params = split_latents(after, False)
     state_after = State(
       state.step + 1, with_norms(params, state.sae), opt, since, ema
     )
@@ -74,7 +94,8 @@ def make_step(
       'train/penalty': terms.penalty,
       'train/dead': (since >= config.loss.dead_rows).mean(),
       'train/lr': schedule(state.step),
-      'train/grad_norm': optax.tree.norm(grads),
+      'train/grad_norm': norm,
+      'train/skipped': 1.0 - good,
     }
     return state_after, metrics
 

@@ -23,6 +23,12 @@ BAD = {
   'mesh and B': (['--config.mesh.data=3'], ['batch_rows=64', '63 or 66']),
   'devices': (['--config.mesh.dict=16'], ['16', '8 cpu device']),
   'batch and block': (['--config.train.batch_rows=40'], ['40', '32 or 48']),
+  'parts and B': (['--config.train.micro_batches=3'], ['64', 'batches=3']),
+  'zero1 and F': (
+    ['--config.mesh.zero1', '--config.mesh.data=2', '--config.sae.latents=65'],
+    ['latents=65', 'zero1'],
+  ),
+  'dtype': (['--config.train.compute_dtype=bf16'], ["'bfloat16'"]),
   'no evaluation rows': (['--config.train.eval_size=0'], ['eval_size=0']),
   'eps': (['--config.optim.eps=0.0'], ['optim.eps=0.0']),
   'not finite': (['--config.optim.lr=inf'], ['optim.lr=inf']),

@@ -180,7 +180,9 @@ def _penalty_case(**kw):
   penalty = objectives.L0Penalty(**kw)
   args = dict(dead=jnp.zeros(F, bool), ramp=jnp.float32(0.5))
   total = objectives.loss(s, n, n, (penalty,), **args)
-  slope = jax.grad(lambda p: objectives.loss(p, n, n, (penalty,), **args)[1][3])
+  slope = jax.grad(
+    lambda p: objectives.loss(p, n, n, (penalty,), **args)[1].penalty
+  )
   return terms.l0, total[1].penalty, slope(s).act.param
 
 

@@ -1,0 +1,90 @@
+"""The gradients of a batch: each device's part, then one reduction.
+
+Inside `shard_map` over the whole mesh every device differentiates the loss of
+its rows by its latents, micro-batch after micro-batch, and only the sum of
+all goes over `data`, once a step.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.models import objectives
+from sae_jax.models.objectives import Penalty, Terms
+from sae_jax.models.sae import SAE, Norm
+from sae_jax.parallel.mesh import DATA, DICT, latent_specs, vary, varying
+
+
+def gradients(
+  params: SAE,
+  norm: Norm,
+  x: jax.Array,
+  penalties: tuple[Penalty, ...],
+  dead: jax.Array,
+  ramp: jax.Array,
+  *,
+  micro_batches: int,
+  dtype: jax.typing.DTypeLike,
+  scatter: bool,
+) -> tuple[jax.Array, Terms, SAE]:
+  """(loss [], its terms, gradients like params) of raw rows x [B@data, D].
+
+  Loss, terms and gradients are means over `micro_batches` parts of the batch;
+  part j has the rows j, j + micro_batches, ... of every device, so that all
+  meshes take the same parts. What is not linear in rows (AuxK's ratio, the
+  quadratic L0 penalty, a batch's selection) is taken within a part.
+
+  scatter: gradients with latents come split over `data` too, [F@(dict, data)].
+  """
+
+  def local(params, norm, x, penalties, dead, ramp):
+    # A copy for each part of the data: gradients of copies are not summed.
+    params = jax.tree.map(lambda a: vary(a, DATA), params)
+
+    def part(x):
+      n = norm(x)
+      (loss, terms), grads = jax.value_and_grad(objectives.loss, has_aux=True)(
+        params, n, n, penalties, dead=dead, ramp=ramp, dtype=dtype
+      )
+      return loss, terms, grads
+
+    loss, terms, grads = _mean(part, x, micro_batches)
+    if jax.sharding.get_abstract_mesh().empty:
+      return loss, terms, grads
+    terms = jax.tree.map(over_rows, terms)
+    return loss, terms, jax.tree.map(reduce, grads)
+
+  def over_rows(a):
+    if a.dtype == bool:
+      return jax.lax.psum(a.astype(jnp.int32), DATA) > 0
+    return jax.lax.pmean(a, DATA) if DATA in varying(a) else a
+
+  def reduce(g):
+    if scatter and DICT in varying(g):
+      return jax.lax.psum_scatter(g, DATA, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(g, DATA)
+
+  if jax.sharding.get_abstract_mesh().empty:
+    return local(params, norm, x, penalties, dead, ramp)
+  each: Any = Terms(*[P()] * 5, fired=P(DICT))  # type: ignore
+  return jax.shard_map(
+    local, out_specs=(P(), each, latent_specs(params, scatter))
+  )(params, norm, x, penalties, dead, ramp)
+
+
+def _mean(part, x, parts):
+  """The mean of part(x_j) over `parts` parts of the rows; any of booleans."""
+  if parts == 1:
+    return part(x)
+  x = x.reshape(-1, parts, x.shape[-1])
+  take = lambda j: part(jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False))
+  zero = jax.tree.map(_zero, jax.eval_shape(take, 0))
+  add = lambda total, j: (jax.tree.map(jnp.add, total, take(j)), None)
+  total, _ = jax.lax.scan(add, zero, jnp.arange(parts))
+  return jax.tree.map(lambda a: a if a.dtype == bool else a / parts, total)
+
+
+def _zero(like):
+  return vary(jnp.zeros(like.shape, like.dtype), *varying(like))
