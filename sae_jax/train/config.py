@@ -17,12 +17,14 @@ from sae_jax.parallel.select import MOST_SELECTED
 from sae_jax.train.step import SATURATED
 
 ACTIVATIONS = ('jumprelu', 'topk', 'batchtopk')
+BAD_BLOCKS = ('stop', 'skip')
 COMPUTE_DTYPES = ('float32', 'bfloat16')
 _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
   'train.micro_batches', 'train.log_rows', 'train.save_rows', 'train.keep',
-  'train.eval_size', 'mesh.data', 'mesh.dict',
+  'train.eval_size', 'mesh.data', 'mesh.dict', 'train.max_skipped',
+  'distributed.heartbeat_seconds', 'distributed.start_seconds',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
@@ -86,12 +88,19 @@ def base_config() -> Config:
   c.train.save_rows = 10_000_000  # between checkpoints; one more at the end
   c.train.keep = 2  # newest checkpoints kept
   c.train.keep_rows = 0  # also keep one every so many rows for good
+  c.train.max_skipped = 10  # updates in a row that are not finite: then back to
+  # the last checkpoint, and around these rows
+  c.train.on_bad_block = 'stop'  # or 'skip' batches that cannot be read
   c.train.resume = False  # go on in the folder although these keys changed
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices that share the rows of a batch
   c.mesh.dict = 1  # devices that share the dictionary
   c.mesh.zero1 = False  # split the optimiser's state over `data` too
+
+  c.distributed = ConfigDict()
+  c.distributed.heartbeat_seconds = 60  # a process silent so long is dead
+  c.distributed.start_seconds = 300  # for all processes to be there
   return c
 
 
@@ -113,6 +122,7 @@ def validate(config: Config) -> None:
     if not 0 <= flat[name] < 1:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
   known('config.act.name', config.act.name, ACTIVATIONS)
+  known('config.train.on_bad_block', config.train.on_bad_block, BAD_BLOCKS)
   known(
     'config.train.compute_dtype', config.train.compute_dtype, COMPUTE_DTYPES
   )
