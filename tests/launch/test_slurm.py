@@ -1,0 +1,157 @@
+"""launch/slurm/ on a real Slurm: killed and requeued jobs end the same."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import slurm_jobs as jobs
+import tiny_hf
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(bool(jobs.why_not()), reason=jobs.why_not()),
+]
+
+
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('slurm')
+  jobs.local_slurm('start', folder)
+  yield folder
+  jobs.local_slurm('stop', folder)
+
+
+def step(cluster, tmp_path, command, *options):
+  """Submits a job of two tasks that each run a line of bash."""
+  job = f"""#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append
+bash launch/slurm/step.sh bash -c '{command}'
+"""
+  (tmp_path / 'job').write_text(job)
+  env = jobs.environment(cluster, devices=1)
+  out = f'--output={tmp_path}/out'
+  return env, jobs.submit(env, out, *options, tmp_path / 'job')
+
+
+@pytest.mark.parametrize(
+  'command, state, code, restarts',
+  [
+    # One task's mistake outweighs what the others then end with.
+    ('exit $(( SLURM_PROCID ? 75 : 2 ))', 'FAILED', '2:0', 0),
+    ('exit $(( SLURM_PROCID ? 2 : 143 ))', 'FAILED', '2:0', 0),
+    ('exit 1', 'FAILED', '1:0', 0),
+    # A process that died, and others that noticed; then all is well.
+    ('(( SLURM_RESTART_COUNT )) || exit $(( SLURM_PROCID ? 75 : 1 ))',
+     'COMPLETED', '0:0', 1),
+    ('(( SLURM_RESTART_COUNT )) || kill -9 $$', 'COMPLETED', '0:0', 1),
+    ('exit 75', 'FAILED', '75:0', 1),  # SAE_MAX_RESTARTS
+  ],
+)  # fmt: skip
+def test_exit_codes(
+  cluster, tmp_path, monkeypatch, command, state, code, restarts
+):
+  monkeypatch.setenv('SAE_MAX_RESTARTS', '1')
+  env, job = step(cluster, tmp_path, command)
+  (last,) = jobs.ended(env, job)
+  said = (tmp_path / 'out').read_text()
+  found = (last['JobState'], last['ExitCode'], int(last['Restarts']))
+  assert found == (state, code, restarts), said
+
+
+# Saves for a second after SIGTERM; done when started again.
+SAVES = (
+  'trap "echo got SIGTERM; sleep 1; echo saved; exit 143" TERM; '
+  '(( SLURM_RESTART_COUNT )) && exit; '
+  'echo begins; for i in {1..600}; do sleep 0.1; done'
+)
+
+
+def begun(tmp_path):
+  out = tmp_path / 'out'
+  return out.exists() and out.read_text().count('begins') == 2
+
+
+def test_cancelled_jobs_save_and_stay_cancelled(cluster, tmp_path):
+  env, job = step(cluster, tmp_path, SAVES)
+  jobs.until(lambda: begun(tmp_path), 'a start')
+  jobs.slurm(env, 'scancel', job)
+  (last,) = jobs.ended(env, job)
+  said = (tmp_path / 'out').read_text()
+  assert said.count('saved') == 2 and 'left as it is' in said, said
+  assert (last['JobState'], last['Restarts']) == ('CANCELLED', '0'), said
+
+
+def test_the_time_limit_saves_and_goes_on(cluster, tmp_path):
+  # The shortest limit Slurm knows is a minute; the signal comes at once.
+  env, job = step(cluster, tmp_path, SAVES, '--time=1', '--signal=TERM@58')
+  (last,) = jobs.ended(env, job)
+  said = (tmp_path / 'out').read_text()
+  assert said.count('saved') == 2, said
+  assert 'exit code 143: back into the queue (restart 1)' in said
+  assert (last['JobState'], last['Restarts']) == ('COMPLETED', '1'), said
+
+
+def harvest_flags(folder, store):
+  return [
+    '--config=configs/harvest.py:tiny', f'--config.model.path={folder}/model',
+    f'--config.text.path={folder}/text', f'--config.store.path={store}',
+    '--config.harvest.rows=40000', '--config.harvest.sequence_length=20',
+    '--config.harvest.batch_sequences=8', '--config.store.rows_per_shard=256',
+  ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def subject(tmp_path_factory):
+  """A folder with a tiny model and a text."""
+  folder = tmp_path_factory.mktemp('subject')
+  tiny_hf.save(folder / 'model', tiny_hf.model_of('llama'))
+  rng = np.random.default_rng(0)
+  (folder / 'text').mkdir()
+  for i in range(50):
+    words = [f'w{n}' for n in rng.integers(3, 61, 1000)]
+    (folder / 'text' / f'{i:03d}.txt').write_text(' '.join(words))
+  return folder
+
+
+def contents(store):
+  """Every file of a store but its lock; who made it is left out."""
+  files = {
+    str(path.relative_to(store)): path.read_bytes()
+    for path in store.rglob('*')
+    if path.is_file() and path.name != 'lock'
+  }
+  manifest = json.loads(files['manifest.json'])
+  del manifest['made_by']
+  return files | {'manifest.json': json.dumps(manifest).encode()}
+
+
+def test_array_harvest_with_a_killed_task(cluster, subject, tmp_path):
+  env = jobs.environment(cluster, devices=1)
+  flags = harvest_flags(subject, tmp_path / 'store')
+  out = f'--output={tmp_path}/out-%a'
+  script = 'launch/slurm/harvest.sbatch'
+  job = jobs.submit(env, '--array=0-1', out, script, *flags)
+  last = jobs.submit(
+    env, f'--dependency=afterok:{job}', out, script, '--finalize', *flags
+  )
+  # The second task dies when it has written a shard and has more to write.
+  record = tmp_path / 'store/records/shard-00003-of-00157.json'
+  jobs.until(record.exists, 'a shard of task 1')
+  jobs.kill_process('launch/harvest.py', '--config.task=1/2', flags[3])
+  states = jobs.ended(env, f'{job}_0', f'{job}_1', last)
+  said = (tmp_path / 'out-1').read_text()
+  assert [s['JobState'] for s in states] == ['COMPLETED'] * 3, said
+  assert [s['Restarts'] for s in states] == ['0', '1', '0'], said
+  assert 'exit code 137: back into the queue (restart 1)' in said
+  assert 'there already' in said.split('back into the queue')[1]
+
+  whole = harvest_flags(subject, tmp_path / 'whole')
+  subprocess.run(
+    [env['PYTHON'], 'launch/harvest.py', *whole],
+    cwd=jobs.ROOT,
+    env=env,
+    check=True,
+    capture_output=True,
+  )
+  assert contents(tmp_path / 'store') == contents(tmp_path / 'whole')
