@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs a command as one step of a Slurm job, and decides what its end means:
 #
-#   step.sh COMMAND...    inside a batch script, on every task of the job
+#   exec bash launch/slurm/step.sh COMMAND...    in a batch script
+#
+# (exec: SIGTERM ends a shell that waits for it, and Slurm then kills the step.)
 #
 # 0 and 1 (a bug: its traceback is in the output) end the job with that code, 2
 # (the user's mistake) too, whatever the other tasks of the step ended with.
@@ -43,13 +45,10 @@ job=$SLURM_JOB_ID
 state=$(scontrol show job -o "$job" |
   sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
 restarts=${SLURM_RESTART_COUNT:-0}
-case $state in
-  RUNNING | TIMEOUT) ;; # TIMEOUT: the save took longer than --signal allows
-  *)
-    echo "step.sh: exit code $rc, the job is $state: left as it is"
-    exit $rc
-    ;;
-esac
+if [ "$state" != RUNNING ]; then # somebody cancelled or requeued it
+  echo "step.sh: exit code $rc, the job is $state: left as it is"
+  exit $rc
+fi
 if [ "$restarts" -ge "${SAE_MAX_RESTARTS:-100}" ]; then
   echo "step.sh: exit code $rc after $restarts restarts: given up" >&2
   exit $rc

@@ -68,7 +68,9 @@ def until(condition, what: str, env=None, seconds: float = 120):
   began = time.monotonic()
   while not (value := condition()):
     assert time.monotonic() - began < seconds, f'{seconds} s without {what}'
-    waiting = env and slurm(env, 'squeue', '-h', '-r', '-t', 'PD', '-o', '%i %r')
+    waiting = env and slurm(
+      env, 'squeue', '-h', '-r', '-t', 'PD', '-o', '%i %r'
+    )
     for line in (waiting or '').splitlines():
       job, reason = line.split(maxsplit=1)
       if 'BeginTime' in reason:
@@ -77,7 +79,7 @@ def until(condition, what: str, env=None, seconds: float = 120):
           env=env,
           capture_output=True,  # it may have started in between
         )
-    time.sleep(0.2)
+    time.sleep(0.2 if env else 0.02)
   return value
 
 

@@ -3,10 +3,17 @@
 import json
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 import slurm_jobs as jobs
 import tiny_hf
+import train_runs
+
+from sae_jax.parallel.mesh import make_mesh
+from sae_jax.store.create import write_arrays
+from sae_jax.train import checkpoints, state
+from sae_jax.train import run as runs
 
 pytestmark = [
   pytest.mark.slow,
@@ -26,7 +33,7 @@ def step(cluster, tmp_path, command, *options):
   """Submits a job of two tasks that each run a line of bash."""
   job = f"""#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append
-bash launch/slurm/step.sh bash -c '{command}'
+exec bash launch/slurm/step.sh bash -c '{command}'
 """
   (tmp_path / 'job').write_text(job)
   env = jobs.environment(cluster, devices=1)
@@ -155,3 +162,74 @@ def test_array_harvest_with_a_killed_task(cluster, subject, tmp_path):
     capture_output=True,
   )
   assert contents(tmp_path / 'store') == contents(tmp_path / 'whole')
+
+
+def test_requeued_training_ends_as_if_never_stopped(cluster, tmp_path):
+  """Two nodes with a process of two devices each; requeued in the middle."""
+  write_arrays(
+    tmp_path / 'store',
+    {train_runs.SITE: train_runs.planted_rows(16 * 256)[0]},
+    rows_per_shard=256,
+    rows_per_block=16,
+    held_out_shards=2,
+  )
+  flags = train_runs.overrides(
+    tmp_path / 'store',
+    **{
+      'mesh.data': 2, 'mesh.dict': 2, 'train.rows': 64 * STEPS,
+      'train.log_rows': 64 * 10, 'train.save_rows': 64 * STEPS,
+      'train.eval_rows': 64 * 100,
+    },
+  )  # fmt: skip
+  env = jobs.environment(cluster, devices=2)
+
+  def submit(name):
+    return jobs.submit(
+      env, f'--output={tmp_path}/out-{name}', 'launch/slurm/train.sbatch',
+      f'--workdir={tmp_path / name}', '--config=configs/topk.py:demo', *flags,
+    )  # fmt: skip
+
+  stopped = submit('stopped')
+  log = tmp_path / 'stopped' / 'metrics.jsonl'
+  lines = lambda: len(log.read_bytes().splitlines()) if log.exists() else 0
+  jobs.until(lambda: lines() > 1, 'a step')
+  jobs.slurm(env, 'scontrol', 'requeue', stopped)
+  jobs.until(lambda: 'saved at step' in output(tmp_path, 'stopped'), 'a save')
+  whole = submit('whole')
+  states = jobs.ended(env, stopped, whole)
+  said = output(tmp_path, 'stopped') + output(tmp_path, 'whole')
+  assert [s['JobState'] for s in states] == ['COMPLETED'] * 2, said
+  assert [s['Restarts'] for s in states] == ['1', '0'], said
+  assert 'going on from step' in said
+  assert metrics(tmp_path / 'stopped') == metrics(tmp_path / 'whole')
+  for a, b in zip(
+    arrays(tmp_path / 'stopped'), arrays(tmp_path / 'whole'), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+STEPS = 400
+
+
+def output(tmp_path, name):
+  return (tmp_path / f'out-{name}').read_text()
+
+
+def metrics(workdir):
+  """The lines of metrics.jsonl without the timings."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [
+    {k: v for k, v in row.items() if not k.startswith('perf/')} for row in rows
+  ]
+
+
+def arrays(workdir):
+  """Every array of the last checkpoint: SAE, optimiser, counters."""
+  config = runs.read_config(workdir)
+  config.mesh.data = config.mesh.dict = 1
+  with jax.set_mesh(make_mesh(1, 1)):
+    with checkpoints.Checkpoints(workdir, 2, 0) as manager:
+      assert manager.latest() == STEPS
+      found, _ = manager.restore(STEPS, state.abstract_state(config))
+  return jax.device_get(jax.tree.leaves(found))
