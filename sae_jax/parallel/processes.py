@@ -16,6 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sae_jax import cli
 from sae_jax.errors import UserError
 from sae_jax.parallel.mesh import DATA
 
@@ -69,6 +70,9 @@ def start_processes(
   )
   limit.daemon = True
   limit.start()
+  # Its C++ handler of SIGTERM would swallow the signal: train/stopping.py has
+  # our own.
+  jax.config.update('jax_enable_preemption_service', False)
   join = functools.partial(
     jax.distributed.initialize,
     initialization_timeout=start_seconds + 60,
@@ -210,10 +214,10 @@ def ends_its_job() -> Iterator[None]:
     with dies_with_its_job():
       yield
   except UserError as error:
-    if several():
-      logging.error('process %d stops: %s', jax.process_index(), error)
-      _leave_soon(2)
-    raise
+    if not several():
+      raise
+    _leave_soon(2)
+    cli.stop(f'process {jax.process_index()}: {error}')
   except KeyboardInterrupt:
     _leave_soon(130)
     raise
