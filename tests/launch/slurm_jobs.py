@@ -26,6 +26,7 @@ def local_slurm(command: str, folder: Path) -> str:
   done = subprocess.run(
     ['bash', 'scripts/slurm_local.sh', command, str(folder)],
     cwd=ROOT,
+    env=os.environ | {'CPUS': '16'},  # of a node: many jobs of bash at once
     capture_output=True,
     text=True,
     timeout=120,
