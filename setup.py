@@ -17,6 +17,15 @@ _DATA = [
   'zstandard>=0.23,<1',  # what datasets reads the hub's .zst files with
 ]
 
+_PLAN = [
+  # The TPU compiler, for launch/plan.py on machines without a TPU: the version
+  # that jax[tpu] pairs with the newest jax of each Python. 210 MB. Not in
+  # `test`: where it is installed, every program without JAX_PLATFORMS=cpu
+  # looks for a TPU first, for ten seconds.
+  'libtpu==0.0.42.*; python_version < "3.12"',  # jax 0.10.2
+  'libtpu==0.0.50.*; python_version >= "3.12"',  # jax 0.12.0
+]
+
 setup(
   name='sae-jax',
   version='0.1.0',
@@ -67,6 +76,7 @@ setup(
     ],
     'demo': [_GGUF],
     'data': _DATA,
+    'plan': _PLAN,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
   },

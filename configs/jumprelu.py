@@ -1,7 +1,8 @@
 """JumpReLU autoencoders in the manner of Gemma Scope (arXiv 2408.05147).
 
 python launch/train.py --workdir=runs/a --config=configs/jumprelu.py:demo
-':gemma_scope' has the paper's numbers, ':demo' fits the quickstart's store.
+':gemma_scope' has the paper's numbers, ':demo' fits the quickstart's store,
+':million' is 64 times as wide and runs on a TPU slice of 16 chips.
 """
 
 from sae_jax.config import Config
@@ -11,14 +12,18 @@ from sae_jax.train.config import base_config
 
 
 def get_config(arg: str = 'gemma_scope') -> Config:
-  """arg: 'gemma_scope' or 'demo'."""
+  """arg: 'gemma_scope', 'million' or 'demo'."""
   c = base_config()
   c.act.name = 'jumprelu'
   if arg == 'gemma_scope':
     return gemma_scope(c)
+  if arg == 'million':
+    return million(gemma_scope(c))
   if arg == 'demo':
     return demo(c)
-  raise UserError(f'configs/jumprelu.py:{arg}: use gemma_scope or demo')
+  raise UserError(
+    f'configs/jumprelu.py:{arg}: use gemma_scope, million or demo'
+  )
 
 
 def gemma_scope(c: Config) -> Config:
@@ -36,6 +41,17 @@ def gemma_scope(c: Config) -> Config:
   c.loss.l0_warmup_rows = c.train.get_ref('batch_rows') * 10_000
   c.optim.lr = 7e-5
   c.optim.warmup_rows = c.train.get_ref('batch_rows') * 1000
+  return c
+
+
+def million(c: Config) -> Config:
+  """2^20 latents; mesh and micro-batches are the planner's for v5p:2x2x4."""
+  c.sae.latents = 2**20
+  c.optim.lr_width = 16_384
+  c.train.batch_rows = 16_384
+  c.train.compute_dtype = 'bfloat16'
+  c.train.micro_batches = 2
+  c.mesh.dict = 16
   return c
 
 

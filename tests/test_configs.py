@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TRAINING = [
-  'jumprelu.py', 'jumprelu.py:gemma_scope', 'jumprelu.py:demo',
+  'jumprelu.py', 'jumprelu.py:gemma_scope', 'jumprelu.py:million',
+  'jumprelu.py:demo',
   'topk.py', 'topk.py:openai', 'topk.py:demo',
   'batchtopk.py', 'batchtopk.py:bussmann', 'batchtopk.py:demo',
 ]  # fmt: skip

@@ -24,7 +24,17 @@ class Chip(NamedTuple):
   example: str  # sides of a topology
   devices: int = 1
   options: tuple[tuple[str, str], ...] = ()  # to get_topology_desc
-  tpu: bool = True
+  float32: float = 0.0  # TFLOP/s of GPUs' float32, none on tensor cores
+
+  @property
+  def tpu(self) -> bool:
+    return not self.float32
+
+  def peak(self, dtype: str) -> float:
+    """FLOP/s of one device; a TPU makes a full float32 product of six."""
+    float32 = self.float32 or self.tflops / 6
+    tflops = float32 if dtype == 'float32' else self.tflops
+    return tflops * 1e12 / self.devices
 
 
 # HBM is the vendor's figure; the compiler keeps up to 0.3 GiB for itself.
@@ -38,9 +48,9 @@ CHIPS = {
   'v5p': Chip('v5', 459, 95, 2765, 1200, 3, 8960, '2x2x4'),
   'v6e': Chip('v6 lite', 918, 32, 1638, 800, 2, 256, '4x4'),
   'tpu7x': Chip('tpu7x', 2307, 192, 7380, 1200, 3, 9216, '2x2x4', devices=2),
-  'a100': Chip('a100', 312, 80, 2039, 600, 1, 8, '8', tpu=False),
-  'h100': Chip('h100', 989, 80, 3350, 900, 1, 8, '8', tpu=False),
-  'h200': Chip('h200', 989, 141, 4800, 900, 1, 8, '8', tpu=False),
+  'a100': Chip('a100', 312, 80, 2039, 600, 1, 8, '8', float32=19.5),
+  'h100': Chip('h100', 989, 80, 3350, 900, 1, 8, '8', float32=67),
+  'h200': Chip('h200', 989, 141, 4800, 900, 1, 8, '8', float32=67),
 }  # fmt: skip
 
 

@@ -1,0 +1,110 @@
+"""A step's memory, work and traffic by arithmetic: no compiler, no device.
+
+What must exist and must move; a compiler may need more, hardly less.
+"""
+
+from typing import NamedTuple
+
+from sae_jax.config import Config
+from sae_jax.parallel.collectives import Collective
+from sae_jax.parallel.mesh import DATA, DICT
+from sae_jax.scaling.costs import Kernel
+
+
+class Memory(NamedTuple):
+  """Bytes of one device."""
+
+  parameters: int
+  optimiser: int  # moments and the running mean of the weights
+  gradients: int
+  batch: int  # float32 rows of all micro-batches
+  activations: int  # of one micro-batch
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+
+def memory(config: Config) -> Memory:
+  """Of one device of the mesh that the config names.
+
+  Parameters, moments and gradients are float32. Of a micro-batch's
+  activations [b, F / dict] there must be pre-activations in float32 and, in
+  the products' type, the latents (kept for the backward pass) and the
+  gradient that reaches them; of its rows the reconstruction's error.
+  """
+  D, F = config.sae.d_in, config.sae.latents
+  data, dict_ = config.mesh.data, config.mesh.dict
+  rows = config.train.batch_rows // data
+  b, latents = rows // config.train.micro_batches, F // dict_
+  vectors = 2 if config.act.name == 'jumprelu' else 1  # b_enc, theta
+  parameters = 4 * (2 * latents * D + vectors * latents)
+  copies = (2 if config.optim.b1 else 1) + (1 if config.optim.ema else 0)
+  split = data if config.mesh.zero1 else 1
+  return Memory(
+    parameters=parameters,
+    optimiser=copies * parameters // split,
+    gradients=parameters,
+    batch=4 * rows * D,
+    activations=b * latents * (4 + 2 * _width(config)) + 2 * 4 * b * D,
+  )
+
+
+def _width(config: Config) -> int:
+  return 2 if config.train.compute_dtype == 'bfloat16' else 4
+
+
+def products(config: Config) -> int:
+  """Matrix products of a step, each 2 B D F FLOPs: encode, decode, and the
+  gradients of W_dec, f and W_enc; three more with AuxK."""
+  return 8 if config.act.name == 'topk' and config.loss.aux_coef else 5
+
+
+def work(config: Config) -> list[tuple[Kernel, int]]:
+  """[(kernel, times a step)] of one device, as `costs.kernels` reads them."""
+  D, data, dict_ = config.sae.d_in, config.mesh.data, config.mesh.dict
+  m = config.train.micro_batches
+  b, latents = config.train.batch_rows // data // m, config.sae.latents // dict_
+  weights, width = 4 * latents * D, _width(config)
+  flops, codes, rows = 2 * b * latents * D, b * latents, b * D * width
+  read = Kernel(flops, weights + rows + codes * (4 + width))
+  # A gradient is read and written again for every micro-batch but the first.
+  write = Kernel(flops, weights * (2 if m > 1 else 1) + rows + codes * width)
+  extra = products(config) - 5
+  split = data if config.mesh.zero1 else 1
+  # Parameter and moments read and written, gradient read.
+  moments = 2 if config.optim.b1 else 1
+  update = Kernel(0, 2 * weights * (3 + 2 * moments) // split)
+  return [(read, m * (3 + extra * 2 // 3)), (write, m * (2 + extra // 3)),
+          (update, 1)]  # fmt: skip
+
+
+def traffic(config: Config) -> list[Collective]:
+  """The collectives of a step that grow with B, D or F."""
+  D, B = config.sae.d_in, config.train.batch_rows
+  data, dict_, m = (
+    config.mesh.data,
+    config.mesh.dict,
+    config.train.micro_batches,
+  )
+  b, latents = B // data // m, config.sae.latents // dict_
+  found = []
+
+  def add(kind, axis, group, elements, times, source):
+    if group > 1:
+      found.append(
+        Collective(kind, axis, group, elements, 4 * elements, times, source)
+      )
+
+  R = 2 if products(config) > 5 else 1
+  add('all-reduce', DICT, dict_, R * b * D, m, 'reconstruction')
+  if config.act.name == 'topk':
+    k = min(config.act.k, latents)
+    add('all-gather', DICT, dict_, 2 * b * k * dict_, m, 'candidates of TopK')
+  if config.mesh.zero1:
+    size = 2 * latents * D
+    add('reduce-scatter', DATA, data, size, 1, 'gradients')
+    add('all-gather', DATA, data, size, 1, 'parameters')
+  else:
+    add('all-reduce', DATA, data, 2 * latents * D, 1, 'gradients')
+  return found

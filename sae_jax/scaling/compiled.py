@@ -1,0 +1,109 @@
+"""Compiles the real train step for devices that are not here, and measures.
+
+Nothing runs and no array is made: shapes go in, the compiler's numbers out.
+"""
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.config import Config
+from sae_jax.models.sae import Norm
+from sae_jax.parallel.collectives import Collective, collectives
+from sae_jax.parallel.mesh import DATA
+from sae_jax.scaling.costs import Kernel, kernels
+from sae_jax.train.state import init_state
+from sae_jax.train.step import make_step
+
+
+class Compiled(NamedTuple):
+  """What the compiler says of one step on one device; sizes in bytes."""
+
+  arguments: int  # state and batch
+  temporaries: int  # reserved for everything that lives within a step
+  peak: int  # most that is alive at once, arguments included
+  reserved: int  # arguments, temporaries, results that reuse no argument
+  cost_flops: float  # cost_analysis: bodies of loops counted once
+  cost_bytes: float
+  kernels: list[tuple[Kernel, int]]
+  collectives: list[Collective]
+  seconds: float  # of compilation
+  text: str
+
+
+class DoesNotFit(NamedTuple):
+  """The compiler ran out of memory; GiB, None where it does not say."""
+
+  needed: float | None
+  available: float | None
+  message: str
+
+
+def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, Any]:
+  """(state, x [B@data, D] float32): shapes with shardings on `mesh`."""
+  D = config.sae.d_in
+
+  def concrete(a):
+    spec = a.sharding.spec if a.sharding else P()
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    norm = lambda: Norm(jnp.zeros(D), jnp.ones(()))
+    state = jax.eval_shape(lambda: init_state(config, norm()))
+  x = jax.ShapeDtypeStruct(
+    (config.train.batch_rows, D),
+    jnp.float32,
+    sharding=NamedSharding(mesh, P(DATA, None)),
+  )
+  return jax.tree.map(concrete, state), x
+
+
+def compile_step(config: Config, mesh: Mesh) -> Compiled | DoesNotFit:
+  """Compiles make_step(config) for the mesh's devices, here or not."""
+  step, arguments = make_step(config), abstract_arguments(config, mesh)
+  start = time.perf_counter()
+  # Its cache cannot read back what was compiled for devices that are absent.
+  cached = jax.config.jax_enable_compilation_cache  # type: ignore
+  jax.config.update('jax_enable_compilation_cache', False)
+  try:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      compiled = step.trace(*arguments).lower().compile()  # type: ignore
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return _too_large(str(error))
+  finally:
+    jax.config.update('jax_enable_compilation_cache', cached)
+  seconds = time.perf_counter() - start
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  text = str(compiled.as_text())
+  extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return Compiled(
+    arguments=memory.argument_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    peak=memory.peak_memory_in_bytes,
+    reserved=memory.argument_size_in_bytes + memory.temp_size_in_bytes + extra,
+    cost_flops=cost.get('flops', 0.0),
+    cost_bytes=cost.get('bytes accessed', 0.0),
+    kernels=kernels(text),
+    collectives=collectives(text, mesh),
+    seconds=seconds,
+    text=text,
+  )
+
+
+def _too_large(message: str) -> DoesNotFit:
+  """Reads '... (39.38G) exceeds available HBM (15.75G)' and the like."""
+  sizes = {'K': 2**-20, 'M': 2**-10, 'G': 1.0, 'T': 2.0**10}
+  found = re.findall(r'(\d+(?:\.\d+)?)([KMGT])(?:i?B)?\b', message)
+  gib = [float(n) * sizes[unit] for n, unit in found]
+  line = ' '.join(message.split())[:300]
+  if len(gib) < 2:
+    return DoesNotFit(None, None, line)
+  return DoesNotFit(gib[0], gib[1], line)
