@@ -29,7 +29,13 @@ from sae_jax.train import growing
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.config import validate
 from sae_jax.train.progress import Progress
-from sae_jax.train.run import check_run, lock, run_folder, write_config
+from sae_jax.train.run import (
+  check_restored,
+  check_run,
+  lock,
+  run_folder,
+  write_config,
+)
 from sae_jax.train.state import State, abstract_state, init_state, steps_of
 from sae_jax.train.step import evaluate, make_step
 
@@ -72,6 +78,7 @@ def train(config: Config, run_dir: str) -> State:
     claim.tell()
     write_config(folder, config)
     step_fn, progress = make_step(config), Progress(config, folder, start)
+    progress.also = checkpoints.timings
     batches = train_batches(source, position_rows=position)
     pending = None
     try:
@@ -141,9 +148,10 @@ def restore_or_init(
   fingerprint: str,
 ) -> tuple[State, int]:
   """(state, data position in rows) to go on from."""
-  step = checkpoints.latest()
-  if step is not None:
-    state, meta = checkpoints.restore(step, abstract_state(config))
+  found = checkpoints.restore_newest(abstract_state(config))
+  if found is not None:
+    step, state, meta = found
+    check_restored(checkpoints.run_dir, meta['config'], config)
     if meta['store'] != fingerprint:
       raise UserError(
         f'the store {config.store.path} is not the one this run was started '
@@ -155,7 +163,9 @@ def restore_or_init(
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
   norm = Norm(jnp.asarray(mean, jnp.float32), jnp.float32(math.sqrt(centred)))
-  return jax.jit(lambda norm: init_state(config, norm))(norm), 0
+  state = jax.jit(lambda norm: init_state(config, norm))(norm)
+  checkpoints.prepare(state)
+  return state, 0
 
 
 def held_out_rows(config: Config) -> jax.Array | None:
