@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import importlib.metadata
+import logging as std_logging
 import os
 import platform
 import shutil
@@ -327,15 +328,8 @@ def _restore(
 def _read(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
   """The leaves, each process reading only its shards. Waits for no other
   process, so that each may fail alone."""
-  handler, hook = _array_handler(), sys.excepthook
-
-  def hook_of_reads(kind, error, trace):
-    # After the first failed read the others find their event loop closed; each
-    # would print a traceback from a thread of tensorstore.
-    if str(error) != 'Event loop is closed':
-      hook(kind, error, trace)
-
-  sys.excepthook = hook_of_reads
+  _hush_reads()
+  handler = _array_handler()
   try:
     out = handler.restore(
       path,
@@ -347,13 +341,28 @@ def _read(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
     )
   finally:
     handler.close()
-  sys.excepthook = hook  # not after a failure, which the others outlive
   leaves = {name: out[name] for name in abstract}
   for name, x in leaves.items():
     a = abstract[name]  # which is what comes back for what is not there
     if not isinstance(x, jax.Array) or (x.shape, x.dtype) != (a.shape, a.dtype):
       raise ValueError(f'{name} is missing')
   return leaves
+
+
+@functools.cache
+def _hush_reads() -> None:
+  """After the first read that fails, the others of the same restore have no
+  one to tell: each would print a traceback from a thread of tensorstore."""
+  hook = sys.unraisablehook
+
+  def others(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      hook(unraisable)
+
+  sys.unraisablehook = others
+  std_logging.getLogger('asyncio').addFilter(
+    lambda record: 'tensorstore_spec' not in record.getMessage()
+  )
 
 
 def _agree(fault: str) -> None:
