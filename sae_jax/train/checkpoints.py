@@ -65,6 +65,7 @@ class Checkpoints:
   def _manager(self) -> ocp.CheckpointManager:
     """Made after the restore: it removes what it takes for unfinished, and
     nothing may be removed that was not looked at."""
+    _hush()
     policies: list[Any] = [ocp.checkpoint_managers.LatestN(self._keep)]
     if self._keep_every:
       every = ocp.checkpoint_managers.EveryNSteps(self._keep_every)
@@ -328,7 +329,7 @@ def _restore(
 def _read(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
   """The leaves, each process reading only its shards. Waits for no other
   process, so that each may fail alone."""
-  _hush_reads()
+  _hush()
   handler = _array_handler()
   try:
     out = handler.restore(
@@ -350,9 +351,10 @@ def _read(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def _hush_reads() -> None:
-  """After the first read that fails, the others of the same restore have no
-  one to tell: each would print a traceback from a thread of tensorstore."""
+def _hush() -> None:
+  """Leaves one line of an error: the one that is raised. Orbax also logs it
+  several times with tracebacks, and once a read has failed, the others of the
+  same restore print theirs from threads of tensorstore."""
   hook = sys.unraisablehook
 
   def others(unraisable: Any) -> None:
@@ -362,6 +364,9 @@ def _hush_reads() -> None:
   sys.unraisablehook = others
   std_logging.getLogger('asyncio').addFilter(
     lambda record: 'tensorstore_spec' not in record.getMessage()
+  )
+  logging.get_absl_logger().addFilter(
+    lambda record: 'orbax' not in record.pathname or not record.exc_info
   )
 
 
