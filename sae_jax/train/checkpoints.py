@@ -33,6 +33,9 @@ from sae_jax.train.integrity import Damaged
 from sae_jax.train.state import State
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+# Bytes that are read and written as one: a reader on another mesh takes little
+# more than its own rows, and nobody holds a whole array in host memory.
+_PIECE = 2**25
 # What a disk does to a save, as far as its owner can mend it.
 _DISK = tuple(
   os.strerror(number)
@@ -117,7 +120,9 @@ class Checkpoints:
         args=ocp.args.Composite(
           # The sums start first: they, too, must read before the donation.
           meta=_RecordSave(record, sorted(leaves), integrity.sums(leaves)),
-          state=ocp.args.PyTreeSave(leaves),
+          state=ocp.args.PyTreeSave(
+            leaves, {n: ocp.SaveArgs(chunk_byte_size=_PIECE) for n in leaves}
+          ),
         ),
         force=True,
       )
@@ -451,6 +456,7 @@ class _RecordSave(ocp.args.CheckpointArgs):
   sums: jax.Array  # [len(names)] uint32
 
 
+@functools.cache
 def versions() -> dict[str, str]:
   """What wrote a checkpoint."""
   found = {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -11,8 +11,8 @@ from train_runs import overrides, run
 import sae_jax
 from sae_jax.train import checkpoints
 
-# 0.14 MB a save; without decay the first half is the same in a longer run.
-MORE = {'sae.latents': 512, 'optim.decay_rows': 0}
+# 0.14 MB a save; at a constant rate, half a run is the first half of it.
+MORE = {'sae.latents': 512, 'optim.decay_rows': 0, 'optim.warmup_rows': 0}
 
 
 @pytest.fixture
