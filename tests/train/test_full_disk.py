@@ -1,17 +1,19 @@
 """A disk that refuses a checkpoint in the middle of it: a real, small one."""
 
-import resource
+import os
+import shlex
 import subprocess
 
 import jax
 import numpy as np
 import pytest
-from train_runs import overrides, run
+from train_runs import ROOT, command, overrides, run
 
 import sae_jax
 from sae_jax.train import checkpoints
 
 # 0.14 MB a save; at a constant rate, half a run is the first half of it.
+CONFIG = 'topk.py:demo'
 MORE = {'sae.latents': 512, 'optim.decay_rows': 0, 'optim.warmup_rows': 0}
 
 
@@ -41,9 +43,9 @@ def equal(a, b):
 def test_no_room_for_a_checkpoint(small_disk, tmp_path, store):
   flags = overrides(store, **MORE)
   whole = tmp_path / 'whole'
-  assert run(whole, 'topk.py:demo', *flags).returncode == 0
+  assert run(whole, CONFIG, *flags).returncode == 0
   half = overrides(store, **MORE | {'train.rows': 20 * 64})
-  assert run(small_disk, 'topk.py:demo', *half).returncode == 0
+  assert run(small_disk, CONFIG, *half).returncode == 0
   folder = small_disk / 'checkpoints'
   free = int(
     subprocess.run(
@@ -55,25 +57,33 @@ def test_no_room_for_a_checkpoint(small_disk, tmp_path, store):
   before = contents(folder)
   flags.append('--config.train.resume')
   for _ in range(2):  # trying again without making room changes nothing
-    done = run(small_disk, 'topk.py:demo', *flags)
+    done = run(small_disk, CONFIG, *flags)
     refused(done, 'the checkpoint of step 30', 'No space left on device')
     assert 'goes on from step 20' in done.stderr.splitlines()[-1]
     assert checkpoints.kept_steps(small_disk) == [10, 20]
     assert contents(folder) == before
   (folder / 'ballast').unlink()
-  done = run(small_disk, 'topk.py:demo', *flags)
+  done = run(small_disk, CONFIG, *flags)
   assert done.returncode == 0 and 'going on from step 20' in done.stderr
   assert equal(small_disk, whole)
 
 
 def test_files_that_may_not_be_so_large(tmp_path, store):
   flags = overrides(store, **MORE)
-  few = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-  done = run(tmp_path, 'topk.py:demo', *flags, preexec_fn=few)
+  limited = (
+    f'ulimit -f 48; exec {shlex.join(command(tmp_path, CONFIG, *flags))}'
+  )
+  done = subprocess.run(
+    ['bash', '-c', limited],
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   refused(done, 'the checkpoint of step 10', 'File too large', 'starts anew')
   assert checkpoints.kept_steps(tmp_path) == []
   assert not contents(tmp_path / 'checkpoints')
-  done = run(tmp_path, 'topk.py:demo', *flags)
+  done = run(tmp_path, CONFIG, *flags)
   assert done.returncode == 0, done.stderr
 
 
