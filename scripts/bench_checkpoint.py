@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def time_sums(leaves, size: int) -> None:
   sums = lambda: jax.block_until_ready(integrity.sums(leaves))
   sums()
   best = min(timed(sums) for _ in range(3))
-  temporary = integrity.sums.lower(leaves).compile().memory_analysis()
+  temporary: Any = integrity.sums.lower(leaves).compile().memory_analysis()
   print(
     f'sums: {1e3 * best:.0f} ms, {size / best / 1e9:.1f} GB/s, '
     f'{temporary.temp_size_in_bytes / 1e6:.0f} MB of temporaries a device'

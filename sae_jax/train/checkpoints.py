@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that calls Orbax.
+"""Checkpoints: saved while the loop goes on, compared when they are read.
 
 A checkpoint holds the whole training state and a JSON record of where the
 data stream stands, the full config, the software versions, and what its
@@ -7,15 +7,12 @@ checkpoint that differs is never used. docs/checkpoints.md has the contract.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import importlib.metadata
-import logging as std_logging
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,19 +20,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from sae_jax.errors import UserError
-from sae_jax.train import integrity
+from sae_jax.train import integrity, orbax_io
 from sae_jax.train.integrity import Damaged
 from sae_jax.train.state import State
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-# Bytes that are read and written as one: a reader on another mesh takes little
-# more than its own rows, and nobody holds a whole array in host memory.
-_PIECE = 2**25
 # What a disk does to a save, as far as its owner can mend it.
 _DISK = tuple(
   os.strerror(number)
@@ -65,29 +58,11 @@ class Checkpoints:
     self._timings: dict[str, float] = {}
 
   @functools.cached_property
-  def _manager(self) -> ocp.CheckpointManager:
+  def _manager(self) -> Any:
     """Made after the restore: it removes what it takes for unfinished, and
     nothing may be removed that was not looked at."""
-    _hush()
-    policies: list[Any] = [ocp.checkpoint_managers.LatestN(self._keep)]
-    if self._keep_every:
-      every = ocp.checkpoint_managers.EveryNSteps(self._keep_every)
-      policies.append(every)
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add('state', ocp.args.PyTreeSave, _array_handler())
-    registry.add('meta', _RecordSave, _RecordHandler())
-    return ocp.CheckpointManager(
-      folder(self.run_dir),
-      handler_registry=registry,
-      options=ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True,  # of killed runs: the folder is locked
-        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
-          policies
-        ),
-        async_options=ocp.options.AsyncOptions(
-          post_finalization_callback=self._written
-        ),
-      ),
+    return orbax_io.make_manager(
+      folder(self.run_dir), self._keep, self._keep_every, self._written
     )
 
   def latest(self) -> int | None:
@@ -97,7 +72,7 @@ class Checkpoints:
   def prepare(self, state: State) -> None:
     """Does once what takes a while once (0.3 s), so that the first save does
     not: the manager, the compilation of the sums. A restore does the same."""
-    self._manager  # noqa: B018
+    self._manager, versions()  # noqa: B018
     jax.block_until_ready(integrity.sums(integrity.named(state)))
 
   def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
@@ -115,17 +90,9 @@ class Checkpoints:
       manager.wait_until_finished()
       self._saving, self._began = step, time.perf_counter()
       self._bytes = sum(x.nbytes for x in leaves.values())
-      manager.save(
-        step,
-        args=ocp.args.Composite(
-          # The sums start first: they, too, must read before the donation.
-          meta=_RecordSave(record, sorted(leaves), integrity.sums(leaves)),
-          state=ocp.args.PyTreeSave(
-            leaves, {n: ocp.SaveArgs(chunk_byte_size=_PIECE) for n in leaves}
-          ),
-        ),
-        force=True,
-      )
+      # The sums start first: they, too, must read before the donation.
+      sums = integrity.sums(leaves)
+      orbax_io.start_save(manager, step, leaves, record, sums)
     block = 1e3 * (time.perf_counter() - began)
     self._timings['perf/save_block_ms'] = block
 
@@ -302,7 +269,7 @@ def _restore(
   path, fault, record = folder(run_dir) / str(step), '', {}
   try:
     record = read_meta(run_dir, step)
-    if not ocp.utils.is_checkpoint_finalized(path):
+    if not orbax_io.is_finished(path):
       fault = f'{path} has no mark of being finished'
   except Damaged as error:
     fault = str(error)
@@ -314,7 +281,7 @@ def _restore(
   integrity.check_shapes(there, integrity.shapes(here), what)
   leaves: dict[str, jax.Array] = {}
   try:
-    leaves = _read(path / 'state', here)
+    leaves = orbax_io.read(path / 'state', here)
   except Exception as error:
     # Bytes that are off surface as any type of error, from three libraries.
     if isinstance(error, MemoryError) or any(
@@ -329,50 +296,6 @@ def _restore(
     raise Damaged(f'{", ".join(off)}: not the values that were saved')
   tree = jax.tree.structure(abstract).unflatten(leaves.values())
   return tree, record
-
-
-def _read(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
-  """The leaves, each process reading only its shards. Waits for no other
-  process, so that each may fail alone."""
-  _hush()
-  handler = _array_handler()
-  try:
-    out = handler.restore(
-      path,
-      args=ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-      ),
-    )
-  finally:
-    handler.close()
-  leaves = {name: out[name] for name in abstract}
-  for name, x in leaves.items():
-    a = abstract[name]  # which is what comes back for what is not there
-    if not isinstance(x, jax.Array) or (x.shape, x.dtype) != (a.shape, a.dtype):
-      raise ValueError(f'{name} is missing')
-  return leaves
-
-
-@functools.cache
-def _hush() -> None:
-  """Leaves one line of an error: the one that is raised. Orbax also logs it
-  several times with tracebacks, and once a read has failed, the others of the
-  same restore print theirs from threads of tensorstore."""
-  hook = sys.unraisablehook
-
-  def others(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
-      hook(unraisable)
-
-  sys.unraisablehook = others
-  std_logging.getLogger('asyncio').addFilter(
-    lambda record: 'tensorstore_spec' not in record.getMessage()
-  )
-  logging.get_absl_logger().addFilter(
-    lambda record: 'orbax' not in record.pathname or not record.exc_info
-  )
 
 
 def _agree(fault: str) -> None:
@@ -408,52 +331,6 @@ def _put_aside(run_dir: str | Path, step: int) -> str:
   if jax.process_index() == 0:
     os.rename(there / str(step), there / name)
   return name
-
-
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-  """Arrays alone. Several processes share the writing of what they all have;
-  in one, slicing it would only compile (20 ms a device and shape)."""
-  arrays = ocp.type_handlers.ArrayHandler(
-    use_replica_parallel=jax.process_count() > 1,
-    enable_write_sharding_file=False,  # the reader says where arrays go
-  )
-  return ocp.PyTreeCheckpointHandler(
-    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (jax.Array, arrays)
-    )
-  )
-
-
-class _RecordHandler(ocp.AsyncCheckpointHandler):
-  """Writes the record when its sums are there: after the loop has gone on."""
-
-  async def async_save(self, directory: Any, args: '_RecordSave') -> list:
-    return [
-      ocp.future.CommitFutureAwaitingContractedSignals(
-        self._write(directory, args), name='record'
-      )
-    ]
-
-  async def _write(self, directory: Any, args: '_RecordSave') -> None:
-    found = np.asarray(jax.device_get(args.sums)).tolist()
-    sums = dict(zip(args.names, found, strict=True))
-    if jax.process_index() == 0:
-      text = integrity.seal(args.record | {'sums': sums})
-      (directory / 'record.json').write_text(text)
-
-  def save(self, *args: Any, **kwargs: Any) -> None:
-    raise NotImplementedError('saves are asynchronous')
-
-  def restore(self, *args: Any, **kwargs: Any) -> None:
-    raise NotImplementedError('read_meta reads')
-
-
-@ocp.args.register_with_handler(_RecordHandler, for_save=True)
-@dataclasses.dataclass
-class _RecordSave(ocp.args.CheckpointArgs):
-  record: dict[str, Any]
-  names: list[str]
-  sums: jax.Array  # [len(names)] uint32
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from train_runs import ROOT
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DATA, make_mesh
 from sae_jax.parallel.mesh import P as Spec
-from sae_jax.train import checkpoints, integrity
+from sae_jax.train import checkpoints, integrity, orbax_io
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.config import base_config
 from sae_jax.train.state import abstract_state, init_state
@@ -128,7 +128,7 @@ def test_two_processes_read_half_each_and_agree(
   """The newest checkpoint is damaged where one of them alone would see it
   first; what they write together one process reads."""
   config = small_config()
-  monkeypatch.setattr(checkpoints, '_PIECE', 2**14)
+  monkeypatch.setattr(orbax_io, '_PIECE', 2**14)
   with jax.set_mesh(make_mesh(1, written_on)):
     state = jax.tree.map(incompressible, start(config))
     with Checkpoints(tmp_path, 9, 0) as manager:
