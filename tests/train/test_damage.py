@@ -155,15 +155,9 @@ def test_a_run_goes_on_from_the_step_before(tmp_path, store):
   whole, hurt = tmp_path / 'whole', tmp_path / 'hurt'
   assert run(whole, 'jumprelu.py:demo', *flags).returncode == 0
   shutil.copytree(whole, hurt)
-  data = max(
-    (hurt / 'checkpoints/40/state').rglob('*'),
-    key=lambda p: p.stat().st_size if p.is_file() else 0,
-  )
-  others = [
-    p for p in data.parent.iterdir() if p.stat().st_size == data.stat().st_size
-  ]
-  for file in others:
-    file.write_bytes(file.read_bytes()[:-1000])
+  for file in (hurt / 'checkpoints/40/state').rglob('d/*'):
+    if file.stat().st_size > 1000:
+      file.write_bytes(file.read_bytes()[:-500])
   done = run(hurt, 'jumprelu.py:demo', *flags)
   assert done.returncode == 0, done.stderr
   said = [line for line in done.stderr.splitlines() if 'damaged' in line]
