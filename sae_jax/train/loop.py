@@ -29,7 +29,13 @@ from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.config import flatten, validate
 from sae_jax.train.progress import Progress
 from sae_jax.train.rows import held_out_rows, next_batch, open_source
-from sae_jax.train.run import check_run, lock, run_folder, write_config
+from sae_jax.train.run import (
+  check_restored,
+  check_run,
+  lock,
+  run_folder,
+  write_config,
+)
 from sae_jax.train.state import State, abstract_state, init_state, steps_of
 from sae_jax.train.step import evaluate, make_step
 from sae_jax.train.stopping import stop_signals
@@ -115,6 +121,7 @@ def _run(
       write_config(folder, config)
     step_fn = make_step(config)
     progress = Progress(config, folder, start, skips)
+    progress.also = checkpoints.timings
     batches = train_batches(
       skipping.readable(source, c.on_bad_block), position_rows=position
     )
@@ -218,9 +225,10 @@ def restore_or_init(
   fingerprint: str,
 ) -> tuple[State, int]:
   """(state, data position in rows) to go on from."""
-  step = checkpoints.latest()
-  if step is not None:
-    state, meta = checkpoints.restore(step, abstract_state(config))
+  found = checkpoints.restore_newest(abstract_state(config))
+  if found is not None:
+    step, state, meta = found
+    check_restored(checkpoints.run_dir, meta['config'], config)
     if meta['store'] != fingerprint:
       raise UserError(
         f'the store {config.store.path} is not the one this run was started '
@@ -233,7 +241,9 @@ def restore_or_init(
     mean, centred = np.zeros_like(mean), raw
   scale = np.float32(math.sqrt(centred))
   init = jax.jit(lambda mean, scale: init_state(config, Norm(mean, scale)))
-  return init(np.asarray(mean, np.float32), scale), 0
+  state = init(np.asarray(mean, np.float32), scale)
+  checkpoints.prepare(state)
+  return state, 0
 
 
 def _evaluate(state: State, held_out: jax.Array) -> dict[str, float]:

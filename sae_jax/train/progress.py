@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -40,6 +41,7 @@ class Progress:
       disable=None if first else True,
     )  # fmt: skip
     self.waited = 0.0
+    self.also: Callable[[], dict[str, float]] = dict  # more values to log
 
   def read(self, step: int, metrics: Metrics, position: int) -> None:
     """Takes the metrics of the step'th update; waits until it is done.
@@ -64,6 +66,7 @@ class Progress:
     if step % self._every and step not in (1, self._last):
       return
     values |= self._speed.read(step, self.waited, values['train/dead'] > 0)
+    values |= self.also()
     self.waited = 0.0
     self.write(step, values)
     self._show(step, values)

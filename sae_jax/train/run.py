@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.sae import SAE
@@ -48,9 +50,18 @@ def check_run(folder: Path, config: Config) -> None:
   keys, unless config.train.resume allows the new values and the running state
   fits them.
   """
-  if not (folder / 'config.json').exists():
-    return
-  changed = changed_keys(read_config(folder).to_dict(), config.to_dict())
+  if (folder / 'config.json').exists():
+    _check_change(folder, read_config(folder).to_dict(), config)
+
+
+def check_restored(run_dir: str | Path, old: dict, config: Config) -> None:
+  """The same with the config in a checkpoint, where config.json is gone."""
+  if not (run_folder(run_dir) / 'config.json').exists():
+    _check_change(run_folder(run_dir), old, config)
+
+
+def _check_change(folder: Path, old: dict, config: Config) -> None:
+  changed = changed_keys(old, config.to_dict())
   fixed = [key for key in changed if key.startswith(_FIXED)]
   names = ', '.join(f'{k} {a!r} -> {b!r}' for k, (a, b) in changed.items())
   if fixed:
@@ -131,14 +142,24 @@ def read_config(run_dir: str | Path) -> Config:
 def load(run_dir: str | Path, step: int | None = None) -> SAE:
   """The trained SAE of a run folder, in raw units.
 
-  Takes the newest complete checkpoint, or the one of `step`. The arrays come
-  sharded under a mesh (`jax.set_mesh`), on the first device without one.
-  Raises UserError when there is no run or no such checkpoint.
+  Takes the newest whole checkpoint, with a warning when there is a newer one
+  that is damaged, or the one of `step`. The arrays come sharded under a mesh
+  (`jax.set_mesh`), on the first device without one. Raises UserError when
+  there is no run or no such checkpoint, or when `step` is damaged.
   """
   folder, config = run_folder(run_dir), read_config(run_dir)
-  step = checkpoints.find_step(folder, step)
+  checkpoints.find_step(folder, step)  # there is one
+  config.mesh.zero1 = False  # whatever mesh there is now
   abstract: State = abstract_state(config)
-  parts = {'sae': abstract.sae, 'ema': abstract.ema}
-  wanted = {k: v for k, v in parts.items() if v is not None}
-  state = checkpoints.restore_part(folder, step, wanted)
-  return final_sae(state['sae'], state.get('ema'))
+  wanted = {'sae': abstract.sae, 'ema': abstract.ema}
+  if step is not None:
+    state = checkpoints.restore_part(folder, step, wanted)
+  else:
+    newest: Any = checkpoints.newest(folder, wanted)
+    used, state, _, damaged = newest
+    for bad, why in damaged.items():
+      logging.warning(
+        'checkpoint of step %d in %s is damaged (%s): taking that of step %d',
+        bad, folder, why, used,
+      )  # fmt: skip
+  return final_sae(state['sae'], state['ema'])
