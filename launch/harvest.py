@@ -32,8 +32,15 @@ def main() -> None:
     root = local_root(_CONFIG.value.store.path)
     print(f'{root}: {finalize(root).rows:,} rows, complete')
     return
-  start_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-  harvest(_CONFIG.value)
+  config = _CONFIG.value
+  start_processes(
+    _COORDINATOR.value,
+    _PROCESSES.value,
+    _PROCESS_ID.value,
+    heartbeat_seconds=config.distributed.heartbeat_seconds,
+    start_seconds=config.distributed.start_seconds,
+  )
+  harvest(config)
 
 
 if __name__ == '__main__':

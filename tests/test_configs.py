@@ -23,6 +23,7 @@ TRAINING = [
   'jumprelu.py', 'jumprelu.py:gemma_scope', 'jumprelu.py:million',
   'jumprelu.py:demo',
   'topk.py', 'topk.py:openai', 'topk.py:demo',
+  'batchtopk.py', 'batchtopk.py:bussmann', 'batchtopk.py:demo',
 ]  # fmt: skip
 M = 1_000_000
 
@@ -103,6 +104,22 @@ def test_openai_has_the_paper_s_numbers():
     assert lr(0) == lr(last) == pytest.approx(expected, rel=1e-5)
 
 
+def test_batchtopk_has_the_paper_s_numbers():
+  """arXiv 2412.06410, section 4; the rest as in the authors' code."""
+  c = _load('batchtopk.py:bussmann')
+  _expect(
+    c,
+    act__name='batchtopk', act__k=32, act__theta_ema=0.999, sae__d_in=768,
+    sae__latents=16 * 768, sae__pre_bias=True, loss__aux_coef=1 / 32,
+    loss__aux_k=512, loss__dead_rows=5 * 4096,
+    optim__lr=3e-4, optim__lr_width=0, optim__b1=0.9, optim__b2=0.99,
+    optim__eps=1e-8, optim__ema=0, optim__warmup_rows=0, optim__decay_rows=0,
+    train__batch_rows=4096, train__rows=1000 * M,
+  )  # fmt: skip
+  half = _load('batchtopk.py:bussmann', train__batch_rows=2048)
+  assert half.loss.dead_rows == 5 * 2048
+
+
 def test_gemma_scope_s_warm_ups_are_steps_at_any_batch():
   c = _load('jumprelu.py:gemma_scope', train__batch_rows=256)
   _expect(
@@ -113,7 +130,9 @@ def test_gemma_scope_s_warm_ups_are_steps_at_any_batch():
   validate(c)
 
 
-@pytest.mark.parametrize('recipe', ['jumprelu.py:demo', 'topk.py:demo'])
+@pytest.mark.parametrize(
+  'recipe', ['jumprelu.py:demo', 'topk.py:demo', 'batchtopk.py:demo']
+)
 def test_the_demos_warm_ups_and_reports_are_shares_of_the_run(recipe):
   rows = 60_000
   c = _load(recipe, train__rows=rows)

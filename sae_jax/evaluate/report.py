@@ -31,7 +31,9 @@ _KINDS = {
   'mlp_in': 'MLP input of',
   'mlp_out': 'MLP output of',
 }
-_ACTIVATIONS = {'topk': 'TopK', 'jumprelu': 'JumpReLU'}
+_ACTIVATIONS = {
+  'topk': 'TopK', 'batchtopk': 'BatchTopK', 'jumprelu': 'JumpReLU',
+}  # fmt: skip
 
 
 class Chart(NamedTuple):

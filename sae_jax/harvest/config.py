@@ -54,6 +54,10 @@ def base_config() -> Config:
   c.mesh.data = 1  # devices that share the sequences of a batch
   c.mesh.dict = 1  # devices that share the model
 
+  c.distributed = ConfigDict()
+  c.distributed.heartbeat_seconds = 60  # a process silent so long is dead
+  c.distributed.start_seconds = 300  # for all processes to be there
+
   c.task = '0/1'  # this one of so many that write the store together
   return c
 
@@ -92,6 +96,9 @@ def check_config(config: Config) -> None:
     check_rows(h.rows, **sizes(config))
   if s.keep_bytes < 0:
     raise UserError(f'store.keep_bytes: {s.keep_bytes}; use 0 for no bound')
+  for key, value in config.distributed.items():
+    if value < 1:
+      raise UserError(f'distributed.{key}: {value}; use 1 second or more')
   if s.trainers < 1:
     raise UserError(f'store.trainers: {s.trainers}; use 1 or more')
   task_of(config)
@@ -126,5 +133,5 @@ def recorded(config: Config) -> dict[str, Any]:
     data['harvest'][key] = list(data['harvest'][key])
   for key in ('path', 'keep_bytes', 'trainers'):
     del data['store'][key]
-  del data['task']
+  del data['task'], data['distributed']
   return data

@@ -2,6 +2,7 @@
 
 Each has `__call__(z) -> f` (z, f: [..., F@dict]), `scale(c)`, the same
 activation in units c times smaller, and `project()`, onto allowed parameters.
+Training asks `in_training`, `observe` and `update`: BatchTopK has another rule.
 """
 
 import jax
@@ -108,8 +109,7 @@ class TopK(struct.PyTreeNode):
   k: int = struct.field(pytree_node=False)
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    mask = jax.lax.stop_gradient(select.top_k_mask(z, self.k))
-    return jnp.where(mask, jax.nn.relu(z), 0)
+    return jnp.where(select.top_k_mask(z, self.k), jax.nn.relu(z), 0)
 
   def scale(self, c: jax.Array) -> 'TopK':
     del c  # homogeneous: the k largest are the k largest in any unit
@@ -119,7 +119,56 @@ class TopK(struct.PyTreeNode):
     return self
 
 
-Activation = JumpReLU | TopK
+class BatchTopK(struct.PyTreeNode):
+  """ReLU of the k B largest pre-activations of a batch of B rows in training,
+  of those above theta afterwards (Bussmann et al. 2024, arXiv 2412.06410).
+
+  A row alone has no batch: theta is a running mean of the smallest positive
+  latent of training's batches. No gradient touches it.
+  """
+
+  theta: jax.Array  # [] in units of z; 0 before the first update
+  k: int = struct.field(pytree_node=False)  # mean active latents of a row
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    return z * (z > self.theta)
+
+  def scale(self, c: jax.Array) -> 'BatchTopK':
+    return self.replace(theta=self.theta * c)
+
+  def project(self) -> 'BatchTopK':
+    return self
+
+
+Activation = JumpReLU | TopK | BatchTopK
+
+
+def in_training(act: Activation, z: jax.Array) -> jax.Array:
+  """Latents [B@data, F@dict] of a training batch: act(z), but BatchTopK
+  selects among all rows."""
+  if not isinstance(act, BatchTopK):
+    return act(z)
+  mask = select.batch_top_k_mask(z, act.k)
+  return jnp.where(mask, jax.nn.relu(z), 0)
+
+
+def observe(act: Activation, f: jax.Array) -> jax.Array:
+  """What `update` wants to know of a batch's latents f [B@data, F@dict]: []."""
+  if not isinstance(act, BatchTopK):
+    return jnp.zeros((), f.dtype)
+  return select.smallest_positive(f)
+
+
+def update(act: Activation, seen: jax.Array, decay: jax.Array) -> Activation:
+  """The activation after a batch of which `observe` returned `seen`.
+
+  theta <- decay theta + (1 - decay) seen; batches without a positive latent
+  (seen is infinite then) leave it.
+  """
+  if not isinstance(act, BatchTopK):
+    return act
+  theta = decay * act.theta + (1 - decay) * seen
+  return act.replace(theta=jnp.where(jnp.isfinite(seen), theta, act.theta))
 
 
 def jump_relu(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sae_jax.models import activations
 from sae_jax.models.activations import JumpReLU
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
@@ -29,6 +30,7 @@ class Terms(NamedTuple):
   l0: jax.Array  # mean active latents of a row
   penalty: jax.Array  # loss - mse
   fired: jax.Array  # [F@dict] bool: active in at least one row
+  seen: jax.Array  # [] what the activation's `update` wants to know
 
   @property
   def fvu(self) -> jax.Array:
@@ -105,15 +107,17 @@ def loss(
   *,
   dead: jax.Array,
   ramp: jax.Array,
+  training: bool = True,
   dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Terms]:
   """Loss [] and its terms for normalised inputs n [B@data, D], targets t.
 
   mean_b |t - t_hat|^2 (summed over E) + penalties; the large products have
-  factors of `dtype`. `sae` may lack its normalisers: nothing here reads them.
+  factors of `dtype`. Latents by the activation's rule of training, or of use.
+  `sae` may lack its normalisers: nothing here reads them.
   """
   z = sae.pre(n, dtype)
-  f = sae.act(z)
+  f = activations.in_training(sae.act, z) if training else sae.act(z)
   extra = [p.latents(z, dead) for p in penalties if isinstance(p, AuxK)]
   made, *e_hat = sae.contributions(f, *extra, dtype=dtype)
   error = t - (made + sae.b_dec)
@@ -128,6 +132,7 @@ def loss(
     l0=sum_latents(active.sum(-1, dtype=mse.dtype).mean()),
     penalty=penalty,
     fired=active.any(0),
+    seen=activations.observe(sae.act, f),
   )
   return mse + penalty, terms
 

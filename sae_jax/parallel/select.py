@@ -1,46 +1,209 @@
-"""Exact selection of the largest pre-activations over a sharded dictionary."""
+"""Exact selection of the largest pre-activations over a sharded dictionary.
+
+What is selected is everything up to a last entry in one order: by value,
+largest first, equal values by row, then by latent. Each search below finds
+that last entry, so any number of shards selects the same for the same z.
+
+-0 and subnormal numbers count as 0 (hardware differs over them), NaN as
++infinity: it is selected, and the loss shows it. Nothing here has a gradient.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sae_jax.parallel.mesh import DICT, manual
+from sae_jax.parallel.mesh import DATA, DICT
+
+Axes = tuple[str, ...]  # of the mesh; () where a dimension is whole
+
+# Values and indices that a device may gather for a TopK: 8 bytes each, 256 MiB,
+# a 64th of the smallest accelerator's memory. 128 shards with 16,384 rows and
+# K = 128 would be 2 GiB.
+_MOST_CANDIDATES = 2**25
+MOST_SELECTED = 2**31 - 2  # entries of a batch: counts are int32
+_LIMB = 12  # bits; a sum of limbs stays below 2^31 up to 2^19 rows or devices
 
 
 def top_k_mask(z: jax.Array, k: int) -> jax.Array:
   """True at the k largest entries of each row: [..., F@dict] -> same, bool.
 
-  Equal values go to the lower index, so any number of shards selects the same
-  latents for the same z. Each shard offers its own k best; one all-gather
-  over `dict` of B * min(k, F/n) * n values and indices decides.
+  Equal values go to the lower index. Works without a mesh, under one, and
+  inside a shard_map over it, where z is the device's part. Over `dict` go each
+  shard's min(k, F/n) best values with their indices, or, where these would be
+  too many, 32 counts a row (and log2 F more when values tie at the last place).
   """
+
+  def mask(z, rows, latents):
+    shards, width = lax.axis_size(latents), z.shape[-1]
+    _check(k, width * shards, 'latents')
+    candidates = z[..., 0].size * min(k, width) * shards
+    few = candidates <= _MOST_CANDIDATES
+    search = _last_by_candidates if few else _last_by_counts
+    value, latent = search(z, k, rows, latents)
+    key = _key(z)
+    here = _positions(width, latents)
+    return (key > value) | (key == value) & (here <= latent)
+
+  return _on_shards(mask, z)
+
+
+def batch_top_k_mask(z: jax.Array, k: int) -> jax.Array:
+  """True at the k B largest entries of a batch: [B@data, F@dict] -> same, bool.
+
+  Equal values go to the lower row, then to the lower latent; rows are ordered
+  over all devices. Where it works: see `top_k_mask`. Over both axes of the
+  mesh go 32 counts, and log2 B + log2 F more when values tie at the last place.
+  Exact up to 2^43 entries.
+  """
+
+  def mask(z, rows, latents):
+    B, F = len(z) * lax.axis_size(rows), z.shape[1] * lax.axis_size(latents)
+    _check(k, F, 'latents')
+    _check(k * B, MOST_SELECTED, 'entries of a batch that can be counted')
+    count = lambda in_rows: _total(in_rows, rows + latents)
+    key, zero = _key(z), jnp.uint32(0)
+    row, latent = _positions(len(z), rows), _positions(z.shape[1], latents)
+
+    reached = lambda v: count((key >= v).sum(1)) >= k * B
+    value = _largest(reached, 32, zero)
+    quota = k * B - count((key > value).sum(1))  # of those equal to value
+    ties = key == value
+    of_row = ties.sum(1)
+
+    def last():
+      """Row and latent of the quota's last entry."""
+      before = lambda r: count(jnp.where(row < r, of_row, 0))
+      r = _largest(lambda r: before(r) < quota, B.bit_length(), zero)
+      rest, line = quota - before(r), (ties & (row == r)[:, None]).sum(0)
+      before_in = lambda f: count(jnp.where(latent < f, line, 0))
+      f = _largest(lambda f: before_in(f) < rest, F.bit_length(), zero)
+      return r, f
+
+    everything = lambda: (jnp.uint32(B), zero)
+    r, f = lax.cond(count(of_row) > quota, last, everything)
+    row = row[:, None]
+    return (key > value) | ties & ((row < r) | (row == r) & (latent <= f))
+
+  if z.ndim != 2:
+    raise ValueError(f'a batch is [B, F], not {z.shape}')
+  return _on_shards(mask, z)
+
+
+def smallest_positive(f: jax.Array) -> jax.Array:
+  """The smallest positive latent [] of a batch f [B@data, F@dict].
+
+  Infinity where there is none. Works where `top_k_mask` does.
+  """
+  f = lax.stop_gradient(f)
+  least = jnp.where(f > 0, f, jnp.inf).min()
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  return lax.pmin(least, tuple(a for a in (DATA, DICT) if a in manual))
+
+
+def _on_shards(
+  mask: Callable[[jax.Array, Axes, Axes], jax.Array], z: jax.Array
+) -> jax.Array:
+  """mask(a device's part of z, axes that split rows, axes that split latents).
+
+  A shard_map of its own would break differentiation inside another one.
+  """
+  z = _clean(lax.stop_gradient(z))
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return _local_mask(z, k, first=0, gather=lambda x: x)
-
-  def select(z):
-    return _local_mask(
-      z,
-      k,
-      first=jax.lax.axis_index(DICT) * z.shape[-1],
-      # Shards in order of their latents, each with equal values in order of
-      # index: a stable top_k of the candidates keeps the lowest indices.
-      gather=lambda x: jax.lax.all_gather(x, DICT, axis=x.ndim - 1, tiled=True),
-    )
-
-  if manual(DICT):
-    return select(z)
-  return jax.shard_map(select, out_specs=jax.typeof(z).sharding.spec)(z)
+  if mesh.empty or mesh.manual_axes:
+    inside = lambda axis: (axis,) if axis in mesh.manual_axes else ()
+    return mask(z, inside(DATA), inside(DICT))
+  spec = jax.typeof(z).sharding.spec  # may be shorter than ndim
+  axes = [(a,) if isinstance(a, str) else tuple(a or ()) for a in spec]
+  axes += [()] * (z.ndim - len(axes))
+  rows, latents = sum(axes[:-1], ()), axes[-1]
+  return jax.shard_map(lambda z: mask(z, rows, latents), out_specs=spec)(z)
 
 
-def _local_mask(z, k, first, gather):
-  """This shard's part of the mask; `first` is its first latent's index."""
-  width = z.shape[-1]
-  value, index = jax.lax.top_k(z, min(k, width))
-  value, index = gather(value), gather(index + first)
-  _, best = jax.lax.top_k(value, k)
-  index = jnp.take_along_axis(index, best, axis=-1) - first
-  index = jnp.where(index < 0, width, index)  # out of range: dropped below
-  flat = index.reshape(-1, k)
-  row = jnp.arange(len(flat))[:, None]
-  mask = jnp.zeros((len(flat), width), bool)
-  return mask.at[row, flat].set(True, mode='drop').reshape(z.shape)
+def _last_by_candidates(z, k, rows, latents):
+  """(key, latent) [..., 1] of each row's k-th entry, from the shards' best."""
+  del rows
+  value, index = lax.top_k(z, min(k, z.shape[-1]))
+  index = index.astype(jnp.uint32) + _first(z.shape[-1], latents)
+  # Shards in order of their latents, each with equal values in order of
+  # index: a stable top_k of the candidates keeps the lowest indices.
+  join = lambda x: lax.all_gather(x, latents, axis=x.ndim - 1, tiled=True)
+  value, at = lax.top_k(join(value), k)
+  index = jnp.take_along_axis(join(index), at[..., -1:], axis=-1)
+  return _key(value[..., -1:]), index
+
+
+def _last_by_counts(z, k, rows, latents):
+  """(key, latent) [..., 1] of each row's k-th entry, by bisection."""
+  count = lambda true: lax.psum(true.sum(-1, keepdims=True), latents)
+  key, here = _key(z), _positions(z.shape[-1], latents)
+  zero = jnp.zeros_like(key[..., :1])
+  value = _largest(lambda v: count(key >= v) >= k, 32, zero)
+  quota = k - count(key > value)  # of those equal to value
+  ties = key == value
+  F = z.shape[-1] * lax.axis_size(latents)
+
+  def last():
+    before = lambda f: count(ties & (here < f))
+    return _largest(lambda f: before(f) < quota, F.bit_length(), zero)
+
+  # One answer for all devices: they must take the same branch.
+  crowded = lax.psum((count(ties) > quota).sum(), rows) > 0
+  return value, lax.cond(crowded, last, lambda: zero + jnp.uint32(F))
+
+
+def _largest(holds: Callable, bits: int, zero: jax.Array) -> jax.Array:
+  """The largest uint32 below 2^bits of which `holds` is true, bit by bit.
+
+  holds(x) is true from 0 up to there; one x for each entry of `zero`.
+  """
+
+  def with_bit(i, x):
+    more = x | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+    return jnp.where(holds(more), more, x)
+
+  return lax.fori_loop(0, bits, with_bit, zero)
+
+
+def _total(counts: jax.Array, axes: Axes) -> jax.Array:
+  """The sum [] of counts [n] int32 over all devices, at most 2^31 - 1.
+
+  A batch has more entries than int32 counts: two limbs are summed.
+  """
+  low, high = counts & (2**_LIMB - 1), counts >> _LIMB
+  for add in (jnp.sum, lambda x: lax.psum(x, axes)):
+    low, high = add(low), add(high)
+    low, high = low & (2**_LIMB - 1), high + (low >> _LIMB)
+  small = high < 2 ** (31 - _LIMB)
+  return jnp.where(small, (high << _LIMB) | low, 2**31 - 1)
+
+
+def _first(n: int, axes: Axes) -> jax.Array:
+  """Index uint32 of this device's first entry, each device having n."""
+  return jnp.uint32(n) * lax.axis_index(axes).astype(jnp.uint32)
+
+
+def _positions(n: int, axes: Axes) -> jax.Array:
+  """Indices [n] uint32, among all devices', of this device's n entries."""
+  return _first(n, axes) + jnp.arange(n, dtype=jnp.uint32)
+
+
+def _clean(z: jax.Array) -> jax.Array:
+  """z as float32 (lax.top_k is slow on bfloat16), one zero, no NaN."""
+  z = z.astype(jnp.float32)
+  z = jnp.where(jnp.abs(z) < jnp.finfo(jnp.float32).tiny, 0, z)
+  return jnp.where(jnp.isnan(z), jnp.inf, z)
+
+
+def _key(z: jax.Array) -> jax.Array:
+  """uint32 in the order of clean float32: 2^31 plus or minus the magnitude's
+  bits, which are in the order of the magnitudes."""
+  bits = lax.bitcast_convert_type(z, jnp.uint32)
+  size, middle = bits & 0x7FFFFFFF, jnp.uint32(2**31)
+  return jnp.where(bits == size, middle + size, middle - size)
+
+
+def _check(k: int, most: int, what: str) -> None:
+  if not 1 <= k <= most:
+    raise ValueError(f'{k} to select of {most} {what}')

@@ -40,7 +40,8 @@ class BatchSource:
   says what batch i waits for. Attributes: root, manifest, site (the
   manifest's Site), batch_rows, rows_per_epoch. Raises UserError: no store, no
   such site, batch_rows that is not a multiple of rows_per_block x processes,
-  files missing or of a wrong size.
+  files missing or of a wrong size (with `check_sizes`; else when they are
+  read).
   """
 
   def __init__(
@@ -53,6 +54,7 @@ class BatchSource:
     window: int,
     process: int = 0,
     processes: int = 1,
+    check_sizes: bool = True,
   ):
     self.root = root = local_root(root)
     self.manifest = manifest = read_manifest(root, complete=False)
@@ -80,7 +82,8 @@ class BatchSource:
     self._file = functools.lru_cache(maxsize=2 * window + 2)(self._open_file)
     self._pool = Pool()
     self._finished: dict[int, dict[str, FileEntry]] = {}
-    self._check_files()
+    if check_sizes:
+      self._check_files()
 
   def _check(self, window: int) -> None:
     unit = self.manifest.rows_per_block * self.processes

@@ -13,15 +13,18 @@ from ml_collections import ConfigDict
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.mesh import DATA, DICT, check_divides
+from sae_jax.parallel.select import MOST_SELECTED
 from sae_jax.train.step import SATURATED
 
-ACTIVATIONS = ('jumprelu', 'topk')
+ACTIVATIONS = ('jumprelu', 'topk', 'batchtopk')
+BAD_BLOCKS = ('stop', 'skip')
 COMPUTE_DTYPES = ('float32', 'bfloat16')
 _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
   'train.micro_batches', 'train.log_rows', 'train.save_rows', 'train.keep',
-  'train.eval_size', 'mesh.data', 'mesh.dict',
+  'train.eval_size', 'mesh.data', 'mesh.dict', 'train.max_skipped',
+  'distributed.heartbeat_seconds', 'distributed.start_seconds',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
@@ -48,18 +51,19 @@ def base_config() -> Config:
   c.sae.pre_bias = True  # encode n - b_dec
 
   c.act = ConfigDict()
-  c.act.name = 'jumprelu'  # or 'topk'
+  c.act.name = 'jumprelu'  # or 'topk', 'batchtopk'
   c.act.theta = 0.001  # jumprelu: initial threshold
   c.act.bandwidth = 0.001  # jumprelu: width of the straight-through kernel
   c.act.log_theta = False  # jumprelu: learn log(theta)
-  c.act.k = 32  # topk: active latents
+  c.act.k = 32  # topk: active latents; batchtopk: their mean over a batch
+  c.act.theta_ema = 0.999  # batchtopk: decay, a step, of the mean threshold
 
   c.loss = ConfigDict()
   c.loss.l0_coef = 1e-3  # jumprelu: lambda of the L0 penalty
   c.loss.target_l0 = 0.0  # jumprelu: above 0, the quadratic penalty around it
   c.loss.l0_warmup_rows = 0  # lambda rises linearly from 0 over these
-  c.loss.aux_coef = 1 / 32  # topk: alpha of AuxK, 0 for none
-  c.loss.aux_k = 256  # topk: dead latents that AuxK selects
+  c.loss.aux_coef = 1 / 32  # (batch)topk: alpha of AuxK, 0 for none
+  c.loss.aux_k = 256  # (batch)topk: dead latents that AuxK selects
   c.loss.dead_rows = 10_000_000  # silent for so long means dead
 
   c.optim = ConfigDict()
@@ -84,12 +88,19 @@ def base_config() -> Config:
   c.train.save_rows = 10_000_000  # between checkpoints; one more at the end
   c.train.keep = 2  # newest checkpoints kept
   c.train.keep_rows = 0  # also keep one every so many rows for good
+  c.train.max_skipped = 10  # updates in a row that are not finite: then back to
+  # the last checkpoint, and around these rows
+  c.train.on_bad_block = 'stop'  # or 'skip' batches that cannot be read
   c.train.resume = False  # go on in the folder although these keys changed
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices that share the rows of a batch
   c.mesh.dict = 1  # devices that share the dictionary
   c.mesh.zero1 = False  # split the optimiser's state over `data` too
+
+  c.distributed = ConfigDict()
+  c.distributed.heartbeat_seconds = 60  # a process silent so long is dead
+  c.distributed.start_seconds = 300  # for all processes to be there
   return c
 
 
@@ -107,10 +118,11 @@ def validate(config: Config) -> None:
   for name in _NOT_NEGATIVE:
     if flat[name] < 0:
       raise UserError(f'config.{name}={flat[name]}: must not be negative')
-  for name in ('optim.b1', 'optim.b2', 'optim.ema'):
+  for name in ('optim.b1', 'optim.b2', 'optim.ema', 'act.theta_ema'):
     if not 0 <= flat[name] < 1:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
   known('config.act.name', config.act.name, ACTIVATIONS)
+  known('config.train.on_bad_block', config.train.on_bad_block, BAD_BLOCKS)
   known(
     'config.train.compute_dtype', config.train.compute_dtype, COMPUTE_DTYPES
   )
@@ -119,14 +131,20 @@ def validate(config: Config) -> None:
     case 'jumprelu':
       if config.act.log_theta and not config.act.theta:
         raise UserError('config.act.theta=0: must be above 0 with log_theta')
-    case 'topk':
+    case 'topk' | 'batchtopk' as name:
       _at_most('act.k', config.act.k, F)
       if config.loss.aux_coef:
         _at_most('loss.aux_k', max(config.loss.aux_k, 1), F)
       if config.loss.target_l0:
         raise UserError(
           f'config.loss.target_l0={config.loss.target_l0}: only jumprelu has a '
-          'target, the L0 of topk is act.k'
+          f'target, the L0 of {name} is act.k'
+        )
+      if name == 'batchtopk' and config.act.k * batch > MOST_SELECTED:
+        raise UserError(
+          f'config.act.k={config.act.k} x config.train.batch_rows={batch}: '
+          f'batchtopk selects at most {MOST_SELECTED} entries of a batch: '
+          'lower one of them'
         )
   if config.loss.dead_rows > SATURATED:
     raise UserError(

@@ -68,7 +68,7 @@ def gradients(
 
   if jax.sharding.get_abstract_mesh().empty:
     return local(params, norm, x, penalties, dead, ramp)
-  each: Any = Terms(*[P()] * 5, fired=P(DICT))  # type: ignore
+  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P())  # type: ignore
   return jax.shard_map(
     local, out_specs=(P(), each, latent_specs(params, scatter))
   )(params, norm, x, penalties, dead, ramp)

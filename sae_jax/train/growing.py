@@ -7,17 +7,65 @@ that the harvest can remove those before and go on.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 from absl import logging
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.parallel.processes import from_first, is_first, several
 from sae_jax.store import budget
 from sae_jax.store.batches import BatchSource
 from sae_jax.store.manifest import COMPLETE, Manifest, read_manifest
 from sae_jax.store.reader import waiting_for
 from sae_jax.train import checkpoints
 from sae_jax.train.state import steps_of
+
+# Whether a shard is there is asked for so many batches at a time.
+_LOOK_AHEAD = 64
+
+# Batch -> the shard it waits for, None if all are there.
+Missing: TypeAlias = Callable[[int], int | None]
+
+
+def open_claim(
+  config: Config, source: BatchSource, folder: Path
+) -> tuple['Claim', Missing]:
+  """The run's claim on the store, and what its batches wait for."""
+  if not several():
+    return Claim(config, source, folder), source.missing
+  return Claim(config, source, folder), _agreed_missing(source)
+
+
+def _agreed_missing(source: BatchSource) -> Missing:
+  """`source.missing` as process 0 sees it, for all that call it together.
+
+  The others' file systems may show a shard later: their readers wait for it.
+  """
+  ready = 0  # batches known to be there: asked for once, they cost nothing
+
+  def missing(i: int) -> int | None:
+    nonlocal ready
+    if i < ready:
+      return None
+    found = np.zeros(2, np.int32)
+    if is_first():
+      found[:] = _look_ahead(source, i)
+    ready, shard = (int(v) for v in from_first(found))
+    return None if i < ready else shard
+
+  return missing
+
+
+def _look_ahead(source: BatchSource, i: int) -> tuple[int, int]:
+  """(batches that are there, from i on; the shard the next one waits for)."""
+  if source.manifest.state == COMPLETE:
+    return np.iinfo(np.int32).max, 0
+  for batch in range(i, i + _LOOK_AHEAD):
+    if (shard := source.missing(batch)) is not None:
+      return batch, shard
+  return i + _LOOK_AHEAD, 0
 
 
 class Claim:
@@ -32,13 +80,13 @@ class Claim:
 
     Raises UserError when they are gone, or the budget does not fit the run.
     """
-    if self._has_budget():
+    if is_first() and self._has_budget():
       position = checkpoints.oldest_position(self._folder)
       self._tell(self._source.first_shard(position))
 
   def done(self) -> None:
     """Tells the store that the run needs nothing any more."""
-    if self._has_budget():
+    if is_first() and self._has_budget():
       self._tell(len(self._source.manifest.shards))
 
   def _has_budget(self) -> bool:
@@ -77,11 +125,15 @@ def check(config: Config, source: BatchSource, m: Manifest) -> None:
 
 
 def await_batch(
-  source: BatchSource, i: int, claim: Claim, stop_asked: Callable[[], int]
+  source: BatchSource,
+  missing: Missing,
+  i: int,
+  claim: Claim,
+  stop_asked: Callable[[], int],
 ) -> None:
   """Returns when batch i can be read, or when a stop is asked for."""
   spoken, began = -60.0, time.monotonic()
-  while (shard := source.missing(i)) is not None and not stop_asked():
+  while (shard := missing(i)) is not None and not stop_asked():
     claim.tell()  # the checkpoint just saved may be complete by now
     if time.monotonic() - spoken > 30:
       spoken = time.monotonic()

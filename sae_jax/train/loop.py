@@ -1,84 +1,134 @@
 """The training loop, read from top to bottom.
 
 Order matters: evaluate and save the state before the next batch is pulled;
-read a step's metrics only after the next one is under way.
+read a step's metrics only after the next one is under way. All processes of a
+job run it together, and whatever steers it is the same in all of them.
 """
 
 import contextlib
 import math
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.sae import Norm
-from sae_jax.parallel.mesh import DATA, make_mesh
-from sae_jax.parallel.mesh import P as Spec
+from sae_jax.parallel import processes
+from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store import reader
 from sae_jax.store.batches import BatchSource, train_batches
 from sae_jax.store.manifest import store_fingerprint
-from sae_jax.train import growing
+from sae_jax.train import growing, skipping
 from sae_jax.train.checkpoints import Checkpoints
-from sae_jax.train.config import validate
+from sae_jax.train.config import flatten, validate
 from sae_jax.train.progress import Progress
+from sae_jax.train.rows import held_out_rows, next_batch, open_source
 from sae_jax.train.run import check_run, lock, run_folder, write_config
 from sae_jax.train.state import State, abstract_state, init_state, steps_of
 from sae_jax.train.step import evaluate, make_step
+from sae_jax.train.stopping import stop_signals
 
 
 def train(config: Config, run_dir: str) -> State:
   """Trains one SAE as `config` says and leaves it in the run folder.
 
-  Continues from the newest checkpoint of the folder, if there is one. Raises
-  UserError for what the user can mend (a loss that is not finite among it),
-  SystemExit after SIGTERM (143) or Ctrl-C (130), when all is saved.
+  Continues from the newest checkpoint of the folder, if there is one. All
+  processes of a job call this. Raises UserError for what the user can mend (a
+  loss that is not finite among it), SystemExit after SIGTERM (143) or Ctrl-C
+  (130), when all is saved; ends the process with exit code 75 when another one
+  of its job died.
   """
   validate(config)
-  folder, c = run_folder(run_dir), config.train
-  check_run(folder, config)
-  source = open_source(config)
-  mesh = make_mesh(config.mesh.data, config.mesh.dict)
+  if not processes.is_first():
+    logging.set_verbosity(logging.WARNING)
+  processes.check_same(_must_agree(config, run_dir))
+  folder, source, mesh = processes.agreed(lambda: _open(config, run_dir))
   # Of a store that is still being written held-out and normaliser shards must
   # be there; whatever can be refused without them has been.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
-  last = steps_of(c.rows, c.batch_rows)
-  every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
-
   with jax.set_mesh(mesh):
-    held_out = held_out_rows(config)
+    held_out = processes.agreed(lambda: held_out_rows(config))
   with (
     jax.set_mesh(mesh),
-    lock(folder),
-    _stop_signals() as stop_asked,  # in force until the last save is written
-    Checkpoints(folder, c.keep, every(c.keep_rows)) as checkpoints,
+    _locked(folder),
+    stop_signals() as stop_asked,  # in force until the last save is written
   ):
-    fingerprint = store_fingerprint(source.manifest, source.site.name)
+    stretch = None
+    while True:
+      try:
+        state, step = _run(
+          config, folder, source, held_out, stop_asked, stretch
+        )
+        break
+      except skipping.BadStretch as found:
+        stretch = found
+        processes.agreed(lambda: skipping.forget(folder))
+        source = _open(config, run_dir)[1]
+  rows = step * config.train.batch_rows
+  if step < steps_of(config.train.rows, config.train.batch_rows):
+    logging.info('stopped: saved at step %d (%d rows): %s', step, rows, folder)
+    sys.exit(128 + stop_asked())
+  logging.info('trained on %d rows: %s', rows, folder)
+  return state
+
+
+def _run(
+  config: Config,
+  folder: Path,
+  source: BatchSource,
+  held_out: jax.Array | None,
+  stop_asked: Callable[[], int],
+  stretch: skipping.BadStretch | None,
+) -> tuple[State, int]:
+  """(state, step) at the end or where a stop was asked for, when it is saved.
+
+  stretch: data to leave out on the way. Raises BadStretch for one that it
+  finds; called again with it, it goes on behind it.
+  """
+  c = config.train
+  last = steps_of(c.rows, c.batch_rows)
+  every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
+  fingerprint = store_fingerprint(source.manifest, source.site.name)
+  with (
+    Checkpoints(folder, c.keep, every(c.keep_rows)) as checkpoints,
+    processes.dies_with_its_job(),
+  ):
     state, position = restore_or_init(config, source, checkpoints, fingerprint)
     start = int(state.step)
     if start > last:
       raise UserError(
-        f'--workdir={run_dir} is at {start * c.batch_rows} rows already: give '
+        f'--workdir={folder} is at {start * c.batch_rows} rows already: give '
         f'--config.train.rows={start * c.batch_rows} or more'
       )
-    claim = growing.Claim(config, source, folder)
-    claim.tell()
-    write_config(folder, config)
-    step_fn, progress = make_step(config), Progress(config, folder, start)
-    batches = train_batches(source, position_rows=position)
+    skips = skipping.restore(folder, start, c.max_skipped)
+    if stretch:
+      position = skips.jump(position, stretch)
+    claim, missing = growing.open_claim(config, source, folder)
+    processes.agreed(claim.tell)
+    if processes.is_first():
+      write_config(folder, config)
+    step_fn = make_step(config)
+    progress = Progress(config, folder, start, skips)
+    batches = train_batches(
+      skipping.readable(source, c.on_bad_block), position_rows=position
+    )
     pending = None
-    try:
+    with (
+      contextlib.closing(progress),
+      _closed(batches, source),
+      jax.transfer_guard('disallow'),  # every transfer is an explicit one
+    ):
       for step in range(start, last + 1):
         over = step == last or stop_asked()
         # Ahead of the harvest: a save lets it remove what was read.
-        ahead = not over and source.missing(step) is not None
+        batch = position // c.batch_rows
+        ahead = not over and missing(batch) is not None
         due = step > start and step % every(c.save_rows) == 0
         save = over or due or (ahead and step > start)
         if pending and save:  # nothing that is not finite is ever saved
@@ -87,51 +137,78 @@ def train(config: Config, run_dir: str) -> State:
         if held_out is not None and (step > start or not start):
           if step == last or step % every(c.eval_rows) == 0:
             progress.write(step, _evaluate(state, held_out))
+        # Going back must lead behind what is being skipped.
+        save = save and (over or ahead or not skips.in_a_row)
         if save and step != checkpoints.latest():
           checkpoints.save(
             step,
             state,
-            dict(position=position, config=config.to_dict(), store=fingerprint),
+            dict(position=position, config=config.to_dict(), store=fingerprint)
+            | skips.record(),
           )
           claim.tell()
         if ahead:
-          growing.await_batch(source, step, claim, stop_asked)
-          over = source.missing(step) is not None  # asked to stop: all is saved
+          growing.await_batch(source, missing, batch, claim, stop_asked)
+          over = missing(batch) is not None  # asked to stop: all is saved
         if over:
           break
-        x = next_batch(batches, progress)
+        x = next_batch(batches, source, progress)
         position += c.batch_rows
         state, metrics = step_fn(state, x)
         if pending:
           progress.read(*pending)
-        pending = (step + 1, metrics)
-    finally:
-      progress.close()
-      source.close()
-      batches.close()
+        pending = (step + 1, metrics, position)
   if step < last:
     claim.tell()
-    logging.info('stopped: saved at step %d of %d in %s', step, last, folder)
-    sys.exit(128 + stop_asked())
-  claim.done()
-  logging.info('trained on %d rows: %s', last * c.batch_rows, folder)
-  return state
+  else:
+    claim.done()
+  return state, step
 
 
-def open_source(config: Config) -> BatchSource:
-  """The store's batches; UserError unless store and config fit together."""
-  c = config.store
-  source = BatchSource(
-    c.path, c.site, config.train.batch_rows, seed=config.seed, window=c.window
-  )
-  if source.site.width != config.sae.d_in:
+def _open(config: Config, run_dir: str) -> tuple[Path, BatchSource, Mesh]:
+  """The run's folder, its data and its devices, which fit together."""
+  folder = run_folder(run_dir)
+  if processes.is_first():
+    check_run(folder, config)
+  if not processes.several():  # the store first: devices may take seconds
+    source = open_source(config)
+    return folder, source, make_mesh(config.mesh.data, config.mesh.dict)
+  mesh = make_mesh(config.mesh.data, config.mesh.dict)
+  if mesh.size != jax.device_count():
     raise UserError(
-      f'config.sae.d_in={config.sae.d_in}, but site {c.site} of the store '
-      f'{c.path} is {source.site.width} wide: set '
-      f'--config.sae.d_in={source.site.width}'
+      f'config.mesh: {config.mesh.data} x {config.mesh.dict} devices are not '
+      f'the {jax.device_count()} of {jax.process_count()} processes: change '
+      'config.mesh.data or config.mesh.dict'
     )
-  growing.check(config, source, source.manifest)
-  return source
+  return folder, open_source(config, processes.data_part(mesh)), mesh
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """Keeps other jobs out of the folder."""
+  with contextlib.ExitStack() as stack:
+    if processes.is_first():
+      enter = lambda: stack.enter_context(lock(folder))
+    else:
+      enter = lambda: None
+    processes.agreed(enter)
+    yield
+
+
+@contextlib.contextmanager
+def _closed(batches, source: BatchSource) -> Iterator[None]:
+  """Closes both in the end: readers that wait for a harvest first."""
+  try:
+    yield
+  finally:
+    source.close()
+    batches.close()
+
+
+def _must_agree(config: Config, run_dir: str) -> dict:
+  """What all processes of a job must have been given alike."""
+  flat = {f'config.{k}': v for k, v in flatten(config.to_dict()).items()}
+  return flat | {'--workdir': run_dir, 'the version of jax': jax.__version__}
 
 
 def restore_or_init(
@@ -154,71 +231,11 @@ def restore_or_init(
   mean, centred, raw = reader.normalizer(source.root, source.site.name)
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
-  norm = Norm(jnp.asarray(mean, jnp.float32), jnp.float32(math.sqrt(centred)))
-  return jax.jit(lambda norm: init_state(config, norm))(norm), 0
-
-
-def held_out_rows(config: Config) -> jax.Array | None:
-  """The first config.train.eval_size held-out rows [n@data, D], or as many as
-  there are; None when no evaluation is asked for."""
-  if not config.train.eval_rows:
-    return None
-  c, taken = config.store, []
-  unit, size = config.mesh.data, config.train.eval_size
-  for rows, _ in reader.held_out(c.path, c.site):
-    taken.append(rows)
-    if sum(map(len, taken)) >= size:
-      break
-  count = min(sum(map(len, taken)), size) // unit * unit
-  if not count:
-    raise UserError(
-      f'config.train.eval_rows={config.train.eval_rows} asks for evaluations, '
-      f'but there are fewer than config.mesh.data={unit} held-out rows in '
-      f'{c.path} or config.train.eval_size={size}: set it to 0, or harvest '
-      'with store.held_out_shards=1'
-    )
-  return jax.device_put(np.concatenate(taken)[:count], Spec(DATA, None))
-
-
-def next_batch(batches: Iterator[np.ndarray], progress: Progress) -> jax.Array:
-  """The next rows [B@data, D] on the devices; the wait is metered."""
-  began = time.perf_counter()
-  rows = next(batches)
-  x = jax.make_array_from_process_local_data(Spec(DATA, None), rows)
-  progress.waited += time.perf_counter() - began
-  return x
+  scale = np.float32(math.sqrt(centred))
+  init = jax.jit(lambda mean, scale: init_state(config, Norm(mean, scale)))
+  return init(np.asarray(mean, np.float32), scale), 0
 
 
 def _evaluate(state: State, held_out: jax.Array) -> dict[str, float]:
   values = jax.device_get(evaluate(state, held_out))
   return {name: float(v) for name, v in values.items()}
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-  """Gives a function that tells which of SIGTERM and SIGINT came, or 0.
-
-  A signal asks the loop to save and stop; the same one again kills. Leaves
-  alone what a caller has installed, and threads other than the main one,
-  which cannot have handlers.
-  """
-  came: list[int] = []
-  default = {
-    signal.SIGTERM: signal.SIG_DFL,
-    signal.SIGINT: signal.default_int_handler,
-  }
-
-  def note(number, frame):
-    del frame
-    came.append(number)
-    signal.signal(number, default[number])
-
-  main = threading.current_thread() is threading.main_thread()
-  ours = [s for s, f in default.items() if main and signal.getsignal(s) == f]
-  for number in ours:
-    signal.signal(number, note)
-  try:
-    yield lambda: came[0] if came else 0
-  finally:
-    for number in ours:
-      signal.signal(number, default[number])

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.parallel import processes
 from sae_jax.train import perf
+from sae_jax.train.skipping import Skips
 from sae_jax.train.state import steps_of
 from sae_jax.train.step import Metrics
 from sae_jax.train.writer import Writer
@@ -23,33 +25,41 @@ class Progress:
   `waited` collects the seconds in which the loop waited for input.
   """
 
-  def __init__(self, config: Config, run_dir, step: int):
+  def __init__(self, config: Config, run_dir, step: int, skips: Skips):
     c = config.train
     self._config, self._batch = config, c.batch_rows
     self._last = steps_of(c.rows, c.batch_rows)
     self._every = max(c.log_rows // c.batch_rows, 1)
-    self._writer = Writer(run_dir, step, step * c.batch_rows)
+    self._skips, first = skips, processes.is_first()
+    self._writer = Writer(run_dir, step, step * c.batch_rows) if first else None
     self._speed = Speed(config)
     self._spoken = -math.inf
     self._bar = tqdm(
       total=self._last * c.batch_rows, initial=step * c.batch_rows,
-      unit='row', unit_scale=True, desc='train', disable=None,
+      unit='row', unit_scale=True, desc='train',
+      disable=None if first else True,
     )  # fmt: skip
     self.waited = 0.0
 
-  def read(self, step: int, metrics: Metrics) -> None:
+  def read(self, step: int, metrics: Metrics, position: int) -> None:
     """Takes the metrics of the step'th update; waits until it is done.
 
-    Raises UserError when the loss or a gradient is not finite.
+    position: rows of the stream up to and with its batch. Raises UserError
+    when the loss or a gradient is not finite, unless the update was skipped
+    for that; BadStretch after too many of those in a row.
     """
     values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+    skipped = values.get('train/skipped', 0) > 0
+    if 'train/skipped' in values:  # the sum is the same after a restart
+      values['train/skipped'] = float(self._skips.total + skipped)
     for name in ('train/loss', 'train/grad_norm'):
-      if not math.isfinite(values[name]):
+      if not skipped and not math.isfinite(values[name]):
         raise UserError(
           f'{name} of step {step} is {values[name]}: lower config.optim.lr or '
           'look at the rows; the newest checkpoint is finite, delete it to '
           'start again from the one before'
         )
+    self._skips.count(skipped, step, position, values)
     self._bar.update(self._batch)
     if step % self._every and step not in (1, self._last):
       return
@@ -60,7 +70,8 @@ class Progress:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Appends values of the state after `step` updates to the run's files."""
-    self._writer.write(step, step * self._batch, values)
+    if self._writer:
+      self._writer.write(step, step * self._batch, values)
 
   def _show(self, step: int, values: dict[str, float]) -> None:
     shown = {k: values[f'train/{k}'] for k in ('loss', 'fvu', 'l0', 'dead')}
@@ -75,7 +86,8 @@ class Progress:
       logging.info('%9d rows  %s  %.0f rows/s', rows, text, rate)
 
   def close(self) -> None:
-    self._writer.close()
+    if self._writer:
+      self._writer.close()
     self._bar.close()
 
 
@@ -85,7 +97,7 @@ class Speed:
   def __init__(self, config: Config):
     c, self._rows = config.sae, config.train.batch_rows
     flops = lambda aux: perf.step_flops(self._rows, c.d_in, c.latents, aux=aux)
-    auxk = config.act.name == 'topk' and config.loss.aux_coef > 0
+    auxk = config.act.name != 'jumprelu' and config.loss.aux_coef > 0
     self._flops = {False: flops(False), True: flops(auxk)}
     virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
     devices = 1 if virtual else config.mesh.data * config.mesh.dict

@@ -55,6 +55,8 @@ def make_activation(act: Config, latents: int) -> activations.Activation:
       return activations.jump_relu(theta, act.bandwidth, log=act.log_theta)
     case 'topk':
       return activations.TopK(act.k)
+    case 'batchtopk':
+      return activations.BatchTopK(jnp.zeros(()), act.k)
   raise ValueError(f'unknown activation {act.name!r}')
 
 
@@ -65,7 +67,7 @@ def make_penalties(config: Config) -> tuple[objectives.Penalty, ...]:
     case 'jumprelu':
       coef, target = jnp.float32(c.l0_coef), jnp.float32(c.target_l0)
       return (objectives.L0Penalty(coef, target, quadratic=c.target_l0 > 0),)
-    case 'topk' if c.aux_coef:
+    case 'topk' | 'batchtopk' if c.aux_coef:
       return (objectives.AuxK(jnp.float32(c.aux_coef), c.aux_k),)
   return ()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sae_jax.config import Config
-from sae_jax.models import objectives
+from sae_jax.models import activations, objectives
 from sae_jax.parallel.mesh import split_latents
 from sae_jax.train import optim
 from sae_jax.train.gradients import gradients
@@ -41,6 +41,7 @@ def make_step(
   decay, penalties = config.optim.ema, make_penalties(config)
   zero1 = config.mesh.zero1
   ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
+  act_decay = config.act.theta_ema
 
   def grad(state, x, params, dead):
     ramp = jnp.minimum(state.step / ramp_steps, 1) if ramp_steps else 1.0
@@ -73,6 +74,8 @@ def make_step(
 
     before = split_latents(params, zero1)
     after, opt = optim.update(optimizer, grads, state.opt, before)
+    t = jnp.minimum(act_decay, state.step / (state.step + 1.0))  # no bias
+    after = after.replace(act=activations.update(after.act, terms.seen, t))
     after, opt = keep(after, before), keep(opt, state.opt)
     ema = state.ema
     if ema is not None:  # first step: the weights themselves, so no bias
@@ -107,5 +110,7 @@ def evaluate(state: State, x: jax.Array) -> Metrics:
   """Scalar metrics of the SAE on held-out raw rows x [B@data, D]."""
   s = final_sae(state.sae, state.ema)
   n, none = s.norm_in(x), jnp.zeros((), bool)
-  _, terms = objectives.loss(s, n, n, (), dead=none, ramp=jnp.float32(1))
+  _, terms = objectives.loss(
+    s, n, n, (), dead=none, ramp=jnp.float32(1), training=False
+  )
   return {'eval/fvu': terms.fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from sae_jax.models import activations
-from sae_jax.models.activations import TopK, jump, jump_relu, step
+from sae_jax.models.activations import (
+  BatchTopK,
+  TopK,
+  in_training,
+  jump,
+  jump_relu,
+  observe,
+  step,
+  update,
+)
 
 pytestmark = pytest.mark.smoke
 
@@ -100,6 +109,49 @@ def test_topk_gradient_is_one_at_the_kept():
   z = jnp.array([[3.0, 1.0, 2.0, -1.0]])
   g = jax.grad(lambda z: (TopK(2)(z) * jnp.arange(1.0, 5.0)).sum())(z)
   np.testing.assert_array_equal(g, [[1, 0, 3, 0]])
+
+
+def test_batchtopk_selects_among_all_rows_in_training_and_by_theta_after():
+  z = jnp.array([[3.0, 1.0, 2.0, -1.0], [-1.0, 0.2, 0.5, -3.0]])
+  act = BatchTopK(jnp.float32(0.5), k=2)
+  f = in_training(act, z)
+  np.testing.assert_array_equal(f, [[3, 1, 2, 0], [0, 0, 0.5, 0]])
+  np.testing.assert_array_equal(act(z), [[3, 1, 2, 0], [0, 0, 0, 0]])
+  few = in_training(act.replace(k=4), z)  # the quota reaches below zero
+  np.testing.assert_array_equal(few, np.maximum(z, 0))
+  np.testing.assert_array_equal(act(z[1]), [0, 0, 0, 0])  # a row alone
+
+
+def test_batchtopk_gradient_is_one_at_the_kept_and_none_at_theta():
+  z = jnp.array([[3.0, 1.0, 2.0, -1.0], [-1.0, 0.2, 0.5, -3.0]])
+  act, c = BatchTopK(jnp.float32(0.5), k=1), jnp.arange(1.0, 9.0).reshape(2, 4)
+  loss = lambda act, z: (in_training(act, z) * c).sum()
+  d_act, dz = jax.grad(loss, (0, 1))(act, z)
+  np.testing.assert_array_equal(dz, [[1, 0, 3, 0], [0, 0, 0, 0]])
+  assert d_act.theta == 0
+  d_act = jax.grad(lambda act: (act(z) * c).sum())(act)
+  assert d_act.theta == 0
+
+
+def test_batchtopk_s_threshold_follows_the_smallest_positive_latent():
+  act = BatchTopK(jnp.float32(1.0), k=2)
+  seen = observe(act, jnp.array([[0.0, 3.0], [0.5, 0.0]]))
+  assert seen == 0.5
+  assert update(act, seen, jnp.float32(0.8)).theta == pytest.approx(0.9)
+  assert update(act, seen, jnp.float32(0)).theta == 0.5
+  none = observe(act, jnp.zeros((2, 2)))
+  for decay in (0.8, 0.0):
+    assert update(act, none, jnp.float32(decay)).theta == 1
+  z = jnp.array([[0.9, 1.1, 2.0, -3.0]])
+  np.testing.assert_array_equal(act.scale(4.0)(4 * z), 4 * act(z))
+  assert act.project() is act
+
+
+def test_other_activations_have_one_rule():
+  z = jnp.array([[3.0, 1.0, 2.0, -1.0], [-1.0, 0.2, 0.5, -3.0]])
+  for act in (TopK(2), jump_relu(jnp.full(4, 0.3), 0.1)):
+    np.testing.assert_array_equal(in_training(act, z), act(z))
+    assert update(act, observe(act, z), jnp.float32(0.5)) is act
 
 
 def test_window_is_open():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax.models import sae as saes
-from sae_jax.models.activations import TopK, jump_relu
+from sae_jax.models.activations import BatchTopK, TopK, jump_relu
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DICT, make_mesh, spec
 
@@ -19,7 +19,10 @@ def _sae(act='jumprelu', *, pre_bias=True, log=False):
   """An SAE with nothing left at zero, and rows; under the mesh in force."""
   rng = np.random.default_rng(3)
   theta = jnp.full(F, 0.1, out_sharding=spec(DICT))
-  act = jump_relu(theta, 0.1, log=log) if act == 'jumprelu' else TopK(5)
+  if act == 'jumprelu':
+    act = jump_relu(theta, 0.1, log=log)
+  else:
+    act = TopK(5) if act == 'topk' else BatchTopK(jnp.float32(0.4), 5)
   mean = jnp.array(rng.normal(size=D), jnp.float32)
   s = saes.init(
     jax.random.key(0),
@@ -51,7 +54,7 @@ def _numpy(s, x):
   return f * a.norm_in.scale, x_hat
 
 
-@pytest.mark.parametrize('act', ['jumprelu', 'topk'])
+@pytest.mark.parametrize('act', ['jumprelu', 'topk', 'batchtopk'])
 @pytest.mark.parametrize('pre_bias', [True, False])
 def test_encode_and_decode_are_the_definition(mesh, act, pre_bias):
   s, x = _sae(act, pre_bias=pre_bias)
@@ -62,7 +65,7 @@ def test_encode_and_decode_are_the_definition(mesh, act, pre_bias):
   np.testing.assert_allclose(s.decode(f), x_hat, atol=2e-5)
 
 
-@pytest.mark.parametrize('act', ['jumprelu', 'topk'])
+@pytest.mark.parametrize('act', ['jumprelu', 'topk', 'batchtopk'])
 @pytest.mark.parametrize('log', [True, False])
 def test_folding_changes_nothing_a_user_can_see(mesh, act, log):
   s, x = _sae(act, log=log)

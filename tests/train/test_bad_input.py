@@ -34,10 +34,24 @@ BAD = {
   'not finite': (['--config.optim.lr=inf'], ['optim.lr=inf']),
   'seed': (['--config.seed=-1'], ['seed=-1']),
   'target of topk': (['--config.loss.target_l0=9.0'], ['act.k']),
+  'theta_ema': (['--config.act.theta_ema=1.0'], ['theta_ema=1.0', '[0, 1)']),
   'negative': (['--config.optim.lr=-1.0'], ['optim.lr=-1.0']),
   'store': (['--config.store.path=/nowhere'], ['/nowhere']),
   'argument': (['rows=3'], ["'rows=3'"]),
   'flag': (['--workdri=x'], ['workdri']),
+}
+
+
+BAD_BATCHTOPK = {
+  'activation': (['--config.act.name=batchtop'], ["'batchtopk'"]),
+  'k': (['--config.act.k=65'], ['act.k=65', 'latents=64']),
+  'no k': (['--config.act.k=0'], ['act.k=0']),
+  'aux_k': (['--config.loss.aux_k=65'], ['aux_k=65', 'latents=64']),
+  'target': (['--config.loss.target_l0=9.0'], ['act.k', 'batchtopk']),
+  'selected': (
+    ['--config.act.k=64', f'--config.train.batch_rows={2**26}'],
+    ['act.k=64', f'batch_rows={2**26}', 'lower'],
+  ),
 }
 
 
@@ -58,9 +72,18 @@ def test_one_line(tmp_path, store, case):
   assert not workdir.exists()
 
 
+@pytest.mark.parametrize('case', BAD_BATCHTOPK)
+def test_one_line_of_batchtopk(tmp_path, store, case):
+  flags, words = BAD_BATCHTOPK[case]
+  workdir = tmp_path / 'run'
+  refused(run(workdir, 'batchtopk.py:demo', *overrides(store), *flags), *words)
+  assert not workdir.exists()
+
+
 def test_missing_flags_and_config_files(tmp_path, store):
   refused(run(tmp_path / 'run', 'nothing.py'), 'nothing.py')
   refused(run(tmp_path / 'run', 'topk.py:opanai'), 'opanai', 'openai')
+  refused(run(tmp_path / 'run', 'batchtopk.py:busman'), 'busman', 'bussmann')
   refused(run('', 'topk.py:demo'), 'workdir')
   assert not (tmp_path / 'run').exists()
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax.models import objectives
+from sae_jax.models import activations, objectives
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DATA, DICT, make_mesh, spec
 from sae_jax.train import optim, state, step
@@ -29,16 +29,17 @@ def _config(name):
     c.act.log_theta = name == 'jumprelu_log'
     c.loss.l0_coef = 1e-2
   else:
-    c.act.name, c.act.k = 'topk', 4
+    c.act.name, c.act.k = name.removesuffix('_adam'), 4
     c.loss.aux_k, c.loss.dead_rows = 8, B
     c.optim.clip_norm = 0.5
-    if name == 'topk_adam':
+    if name.endswith('_adam'):
       c.optim.b1, c.optim.ema = 0.9, 0.9
   return c
 
 
 NAMES = [
   'jumprelu', 'jumprelu_quadratic', 'jumprelu_log', 'topk', 'topk_adam',
+  'batchtopk', 'batchtopk_adam',
 ]  # fmt: skip
 
 
@@ -89,12 +90,12 @@ def test_every_mesh_takes_the_same_steps(mesh, name):
   # Something happened: every array moved, latents died and fired.
   moved = jax.device_get(_one[name][0])
   assert moved.step == 6 and np.any(moved.sae.b_dec != 0)
-  if name == 'topk':
+  if name in ('topk', 'batchtopk'):
     assert _one[name][1][-1]['train/dead'] > 0
     assert _one[name][1][-1]['train/penalty'] > 0
 
 
-@pytest.mark.parametrize('name', ['jumprelu', 'topk'])
+@pytest.mark.parametrize('name', ['jumprelu', 'topk', 'batchtopk'])
 def test_selected_latents_are_the_same_exactly(mesh, name):
   """Integer weights and rows: z is exact, ties are everywhere."""
   config = _config(name)
@@ -105,10 +106,15 @@ def test_selected_latents_are_the_same_exactly(mesh, name):
   s = s.replace(W_enc=jax.device_put(W, spec(DICT, None)))
   z = s.pre(jax.device_put(x, spec(DATA, None)))
   np.testing.assert_array_equal(z, x @ W.T)
-  f = np.asarray(s.act(z))
+  f = np.asarray(activations.in_training(s.act, z))
   z = np.asarray(z)
   if name == 'jumprelu':
     np.testing.assert_array_equal(f, z * (z > 0.2))
+  elif name == 'batchtopk':
+    best = np.argsort(-z, axis=None, kind='stable')[: config.act.k * B]
+    expected = np.zeros(z.size)
+    expected[best] = np.maximum(z.reshape(-1)[best], 0)
+    np.testing.assert_array_equal(f, expected.reshape(z.shape))
   else:
     expected = np.zeros_like(z)
     best = np.argsort(-z, axis=1, kind='stable')[:, : config.act.k]
@@ -168,6 +174,33 @@ def test_learning_rate_and_its_units():
   assert float(flat(0)) == float(flat(100)) == 1.0
   assert optim.width_scaled(2e-4, 2**16, 2**14) == pytest.approx(1e-4)
   assert optim.width_scaled(2e-4, 2**16, 0) == 2e-4
+
+
+def test_the_threshold_is_a_running_mean_of_the_smallest_latents():
+  """From the state alone: by numpy over the pre-activations of every step."""
+  config = _config('batchtopk_adam')
+  config.act.theta_ema = 0.6
+  s = jax.jit(lambda norm: state.init_state(config, norm))(_norm())
+  assert s.sae.act.theta == 0
+  step_fn, theta, mean = step.make_step(config), 0.0, 0.0
+  for i, decay in enumerate([0, 1 / 2, 0.6, 0.6]):
+    x = jnp.asarray(_rows(seed=i))
+    z = np.asarray(s.sae.pre(s.sae.norm_in(x)))
+    best = np.sort(z, axis=None)[-4 * B :]
+    theta = decay * theta + (1 - decay) * best[best > 0].min()
+    t = min(config.optim.ema, i / (i + 1))
+    mean = t * mean + (1 - t) * theta
+    s, metrics = step_fn(s, x)
+    assert s.sae.act.theta == pytest.approx(theta, rel=1e-5)
+    assert s.ema.act.theta == pytest.approx(mean, rel=1e-5)
+    assert metrics['train/l0'] == 4
+  # Held-out rows are read by the threshold, one by one.
+  held = jnp.asarray(_rows(seed=9))
+  final = state.final_sae(s.sae, s.ema)
+  expected = np.asarray(final.pre(final.norm_in(held))) > mean
+  found = step.evaluate(s, held)
+  assert found['eval/l0'] == pytest.approx(expected.sum(1).mean())
+  assert (np.asarray(final.encode(held)) != 0).sum(1).mean() == found['eval/l0']
 
 
 def _penalty_case(**kw):

@@ -1,6 +1,7 @@
 """Planted rows, and the training program as users run it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,35 @@ def run(workdir, config, *flags, devices=8, **kwargs):
     timeout=300,
     **kwargs,
   )
+
+
+def start_job(workdir, config, *flags, processes, devices, each=()):
+  """The processes of one job with so many devices each, just started.
+
+  each: (process, flag) pairs for one of them only.
+  """
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    job = [f'--coordinator=127.0.0.1:{s.getsockname()[1]}']
+  env = os.environ | {
+    'PYTHONPATH': str(ROOT),
+    'JAX_NUM_CPU_DEVICES': str(devices),
+  }
+  return [
+    subprocess.Popen(
+      command(
+        workdir, config, *flags, *job, f'--processes={processes}',
+        f'--process_id={i}', *(flag for process, flag in each if process == i),
+      ),
+      env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(processes)
+  ]  # fmt: skip
+
+
+def end_job(processes, *codes):
+  """Waits for a job; what its processes said. They must end with `codes`."""
+  said = [process.communicate(timeout=300)[1] for process in processes]
+  found = [process.returncode for process in processes]
+  assert found == list(codes or [0] * len(found)), '\n'.join(said)
+  return said

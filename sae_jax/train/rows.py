@@ -1,0 +1,93 @@
+"""Rows of the store onto the devices: each process reads what it needs."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.parallel.mesh import DATA
+from sae_jax.parallel.mesh import P as Spec
+from sae_jax.store import reader
+from sae_jax.store.batches import BatchSource
+from sae_jax.store.manifest import local_root, read_manifest
+from sae_jax.train import growing
+from sae_jax.train.progress import Progress
+
+
+def open_source(config: Config, part: tuple[int, int] = (0, 1)) -> BatchSource:
+  """The store's batches; UserError unless store and config fit together.
+
+  part: (p, P), this process needs the p-th P-th of the rows of a batch. It
+  reads more where a P-th is not made of whole blocks.
+  """
+  c, batch = config.store, config.train.batch_rows
+  p, parts = part
+  if parts > 1:
+    manifest = read_manifest(local_root(c.path), complete=False)
+    readable = math.gcd(parts, batch // manifest.rows_per_block)
+    p, parts = p * readable // parts, readable
+  source = BatchSource(
+    c.path, c.site, batch, seed=config.seed, window=c.window,
+    process=p, processes=parts,
+    check_sizes=config.train.on_bad_block == 'stop',
+  )  # fmt: skip
+  if source.site.width != config.sae.d_in:
+    raise UserError(
+      f'config.sae.d_in={config.sae.d_in}, but site {c.site} of the store '
+      f'{c.path} is {source.site.width} wide: set '
+      f'--config.sae.d_in={source.site.width}'
+    )
+  growing.check(config, source, source.manifest)
+  return source
+
+
+def held_out_rows(config: Config) -> jax.Array | None:
+  """The first config.train.eval_size held-out rows [n@data, D], or as many as
+  there are; None when no evaluation is asked for."""
+  if not config.train.eval_rows:
+    return None
+  c, taken = config.store, []
+  unit, size = config.mesh.data, config.train.eval_size
+  for rows, _ in reader.held_out(c.path, c.site):
+    taken.append(rows)
+    if sum(map(len, taken)) >= size:
+      break
+  count = min(sum(map(len, taken)), size) // unit * unit
+  if not count:
+    raise UserError(
+      f'config.train.eval_rows={config.train.eval_rows} asks for evaluations, '
+      f'but there are fewer than config.mesh.data={unit} held-out rows in '
+      f'{c.path} or config.train.eval_size={size}: set it to 0, or harvest '
+      'with store.held_out_shards=1'
+    )
+  return put_rows(np.concatenate(taken)[:count], 0, count)
+
+
+def put_rows(rows: np.ndarray, first: int, total: int) -> jax.Array:
+  """[total@data, D] on the devices, of which `rows` are those from `first` on:
+  at least those of this process's devices."""
+
+  sharding = NamedSharding(jax.sharding.get_mesh(), Spec(DATA, None))
+  shape, parts = (total, rows.shape[1]), []
+  places: Any = sharding.addressable_devices_indices_map(shape)
+  for device, index in places.items():
+    start, end, _ = index[0].indices(total)
+    parts.append(jax.device_put(rows[start - first : end - first], device))
+  return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def next_batch(
+  batches: Iterator[np.ndarray], source: BatchSource, progress: Progress
+) -> jax.Array:
+  """The next rows [B@data, D] on the devices; the wait is metered."""
+  began = time.perf_counter()
+  rows = next(batches)
+  x = put_rows(rows, source.process * len(rows), source.batch_rows)
+  progress.waited += time.perf_counter() - began
+  return x

@@ -1,0 +1,138 @@
+"""Updates that are left out, and rows that are left out after too many.
+
+An update whose loss or gradient is not finite does nothing (train/step.py), on
+all devices alike, and counts as a step. A batch that cannot be read takes that
+way too: a process that finds a bad block gives rows that are not a number, and
+so all skip the same batch, on any mesh, without a word between them.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from sae_jax.errors import UserError
+from sae_jax.parallel import processes
+from sae_jax.store.batches import BatchSource
+from sae_jax.train import checkpoints
+
+
+class BadStretch(UserError):
+  """So many updates in a row were skipped that the run goes back.
+
+  position: rows of the stream up to which it leaves out the data then;
+  jumped_at: the step from which it had gone around such rows before, if it
+  had.
+  """
+
+  def __init__(self, position: int, jumped_at: int | None):
+    super().__init__(f'the rows before row {position} of the stream are bad')
+    self.position, self.jumped_at = position, jumped_at
+
+
+@dataclasses.dataclass
+class Skips:
+  """What was left out so far; the same in all processes."""
+
+  most: int  # config.train.max_skipped
+  start: int  # step of the last restore
+  total: int = 0  # updates
+  in_a_row: int = 0
+  jumps: list[list[int]] = dataclasses.field(default_factory=list)
+  jumped_at: int | None = None
+
+  def count(
+    self, skipped: bool, step: int, position: int, values: Mapping[str, float]
+  ) -> None:
+    """Takes note of one update. Raises BadStretch after too many."""
+    self.total += skipped
+    self.in_a_row = self.in_a_row + 1 if skipped else 0
+    if skipped:
+      logging.warning(
+        'step %d changes nothing: loss %g, gradient %g; %d in a row, %d in all',
+        step, values['train/loss'], values['train/grad_norm'], self.in_a_row,
+        self.total,
+      )  # fmt: skip
+    if self.in_a_row >= self.most:
+      raise BadStretch(position, self.jumped_at)
+
+  def jump(self, position: int, stretch: BadStretch) -> int:
+    """The position behind the stretch, for a run that was restored at
+    `position`. UserError when it has been there before."""
+    if stretch.jumped_at == self.start:
+      raise UserError(
+        f'{self.most} updates in a row (config.train.max_skipped) are not '
+        f'finite, again, after going back to step {self.start} and around rows '
+        f'{self.jumps or position} to {stretch.position}: lower '
+        'config.optim.lr, or check the store with launch/verify.py'
+      )
+    logging.warning(
+      '%d updates in a row are not finite: back to step %d, and on without the '
+      'rows %d to %d of the stream',
+      self.most, self.start, position, stretch.position,
+    )  # fmt: skip
+    self.jumps.append([position, stretch.position])
+    self.in_a_row, self.jumped_at = 0, self.start
+    return stretch.position
+
+  def record(self) -> dict[str, Any]:
+    """For the checkpoint."""
+    return {
+      'skipped': self.total,
+      'skipped_in_a_row': self.in_a_row,
+      'jumps': self.jumps,
+    }
+
+
+def restore(run_dir: Path, step: int, most: int) -> Skips:
+  """What the checkpoint of `step` says, if there is one."""
+  if step not in checkpoints.kept_steps(run_dir):
+    return Skips(most, step)
+  meta = checkpoints.read_meta(run_dir, step)
+  return Skips(
+    most,
+    step,
+    meta.get('skipped', 0),
+    meta.get('skipped_in_a_row', 0),
+    meta.get('jumps', []),
+  )
+
+
+def forget(run_dir: Path) -> None:
+  """Removes checkpoints from within a stretch that is to be gone around, if
+  one from before it is left: all that is learned in them is in that one."""
+  if not processes.is_first():
+    return
+  steps = checkpoints.kept_steps(run_dir)
+  within = [s for s in steps if restore(run_dir, s, 0).in_a_row]
+  if len(within) < len(steps):
+    for step in within:
+      shutil.rmtree(checkpoints.folder(run_dir) / str(step))
+
+
+def readable(source: BatchSource, on_bad_block: str) -> Any:
+  """The batches as they are to be read: config.train.on_bad_block."""
+  return source if on_bad_block == 'stop' else _Readable(source)
+
+
+class _Readable:
+  """The batches of a source; what cannot be read is not a number."""
+
+  def __init__(self, source: BatchSource):
+    self._source, self.batch_rows = source, source.batch_rows
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    try:
+      return self._source[i]
+    except UserError as error:
+      logging.warning('batch %d is skipped: %s', i, error)
+      rows = self._source.batch_rows // self._source.processes
+      site = self._source.site
+      return np.full((rows, site.width), np.nan, site.read_dtype)

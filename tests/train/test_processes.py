@@ -1,0 +1,293 @@
+"""Several real processes as one job: the same run as in one process."""
+
+import json
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import test_growing
+from train_runs import end_job, overrides, planted_rows, run, start_job
+
+from sae_jax.parallel import processes
+from sae_jax.parallel.mesh import make_mesh
+from sae_jax.store.writer import open_writer
+from sae_jax.train import checkpoints, state
+from sae_jax.train import run as runs
+
+CONFIG = 'topk.py:demo'
+HEARTBEAT = '--config.distributed.heartbeat_seconds=10'
+
+
+def mesh_flags(data, dict_):
+  return [f'--config.mesh.data={data}', f'--config.mesh.dict={dict_}']
+
+
+def metrics(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  keep = lambda k: not k.startswith('perf/')
+  return [
+    {k: v for k, v in json.loads(line).items() if keep(k)} for line in lines
+  ]
+
+
+def arrays(workdir, step=None):
+  """Every array of a checkpoint, the last one by default."""
+  step = checkpoints.find_step(workdir, step)
+  with jax.set_mesh(make_mesh(1, 1)):
+    abstract = state.abstract_state(runs.read_config(workdir))
+    with checkpoints.Checkpoints(workdir, 9, 0) as found:
+      return jax.device_get(jax.tree.leaves(found.restore(step, abstract)[0]))
+
+
+def close(a, b, **tolerance):
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    if isinstance(x, dict):
+      assert x == pytest.approx(y, **tolerance)
+    else:
+      np.testing.assert_allclose(
+        x, y, rtol=tolerance['rel'], atol=tolerance['abs']
+      )
+
+
+def from_checkpoint(workdir, step, to):
+  """A copy of a run, as if it had been killed after `step`."""
+  shutil.copytree(workdir, to)
+  for kept in checkpoints.kept_steps(to):
+    if kept > step:
+      shutil.rmtree(checkpoints.folder(to) / str(kept))
+  return to
+
+
+@pytest.fixture(scope='module')
+def four(store, tmp_path_factory):
+  """The run of 4 processes with 2 devices each, on 2x4; keeps all saves."""
+  workdir = tmp_path_factory.mktemp('four') / 'run'
+  end_job(
+    start_job(
+      workdir, CONFIG, *flags_of(store), *mesh_flags(2, 4), processes=4,
+      devices=2,
+    )
+  )  # fmt: skip
+  return workdir
+
+
+def flags_of(store):
+  return [*overrides(store, **{'train.keep': 9}), HEARTBEAT]
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_process(tmp_path, store, four):
+  """Sums of four and of eight are taken in another order in gloo."""
+  done = run(tmp_path, CONFIG, *flags_of(store), *mesh_flags(2, 4), devices=8)
+  assert done.returncode == 0, done.stderr
+  close(metrics(tmp_path), metrics(four), rel=1e-3, abs=1e-4)
+  close(arrays(tmp_path), arrays(four), rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_process_to_the_bit(tmp_path, store):
+  """All sums over an axis of 2x2 have two terms."""
+  job = ['jumprelu.py:demo', *flags_of(store), *mesh_flags(2, 2)]
+  end_job(start_job(tmp_path / 'two', *job, processes=2, devices=2))
+  done = run(tmp_path / 'one', *job, devices=4)
+  assert done.returncode == 0, done.stderr
+  assert metrics(tmp_path / 'two') == metrics(tmp_path / 'one')
+  two, one = arrays(tmp_path / 'two'), arrays(tmp_path / 'one')
+  for a, b in zip(two, one, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_other_processes_and_on_other_meshes(
+  tmp_path, store, four
+):
+  """4 processes on 2x4 -> 1 on 1x1, 2 on 8x1 -> 4 on 2x4 again."""
+  one = from_checkpoint(four, 20, tmp_path / 'one')
+  done = run(one, CONFIG, *flags_of(store), *mesh_flags(1, 1), devices=1)
+  assert 'going on from step 20 (1280 rows)' in done.stderr, done.stderr
+  two = from_checkpoint(four, 20, tmp_path / 'two')
+  job = dict(processes=2, devices=4)
+  said = end_job(
+    start_job(two, CONFIG, *flags_of(store), *mesh_flags(8, 1), **job)
+  )
+  assert 'going on from step 20 (1280 rows)' in said[0]
+  back = from_checkpoint(two, 30, tmp_path / 'back')
+  job = dict(processes=4, devices=2)
+  end_job(start_job(back, CONFIG, *flags_of(store), *mesh_flags(2, 4), **job))
+  for workdir in (one, two, back):
+    # Another order of sums: of 40 steps' metrics, and of the parameters.
+    close(metrics(workdir), metrics(four), rel=1e-3, abs=1e-4)
+    close(arrays(workdir), arrays(four), rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_saves_all_at_one_step(tmp_path, store, four):
+  """And the next start ends with the bits of the run that was left alone."""
+  job = [CONFIG, *flags_of(store), *mesh_flags(2, 4)]
+  children = start_job(tmp_path, *job, processes=4, devices=2)
+  log = tmp_path / 'metrics.jsonl'
+  while not log.exists() or len(log.read_bytes().splitlines()) < 5:
+    assert children[0].poll() is None, end_job(children)
+    time.sleep(0.002)
+  children[2].send_signal(signal.SIGTERM)
+  said = end_job(children, 143, 143, 143, 143)
+  step = checkpoints.find_step(tmp_path)
+  assert 0 < step < 40 and f'saved at step {step}' in said[0]
+  said = end_job(start_job(tmp_path, *job, processes=4, devices=2))
+  assert f'going on from step {step}' in said[0]
+  assert metrics(tmp_path) == metrics(four)
+  for a, b in zip(arrays(tmp_path), arrays(four), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_processes_that_disagree(tmp_path, store):
+  job = [CONFIG, *flags_of(store), *mesh_flags(2, 1)]
+  each = [(1, '--config.optim.lr=0.5')]
+  children = start_job(tmp_path / 'a', *job, processes=2, devices=1, each=each)
+  said = end_job(children, 2, 2)
+  assert last(said[0]) == (
+    'error: process 0: process 1 of this job stopped: see there'
+  )
+  assert 'config.optim.lr is 0.5 in process 1 and 0.001 in' in last(said[1])
+  assert not (tmp_path / 'a').exists()
+  # What only the first one looks at stops the others as well.
+  with runs.lock(tmp_path / 'b'):
+    children = start_job(tmp_path / 'b', *job, processes=2, devices=1)
+    said = end_job(children, 2, 2)
+  assert 'is in use by another process' in last(said[0])
+  assert 'process 0 of this job stopped: see there' in last(said[1])
+
+
+@pytest.mark.slow
+def test_a_mesh_must_take_all_devices_of_the_job(tmp_path, store):
+  job = [CONFIG, *flags_of(store), *mesh_flags(1, 2)]
+  said = end_job(start_job(tmp_path, *job, processes=2, devices=2), 2, 2)
+  assert '1 x 2 devices are not the 4 of 2 processes' in last(said[0])
+
+
+@pytest.mark.slow
+def test_a_bad_block_that_one_process_reads_ends_all(tmp_path, store):
+  """Process 1 of 2 reads the second half of a batch: the one that is bad."""
+  bad = tmp_path / 'store'
+  shutil.copytree(store, bad)
+  source = processes_source(bad, 1)
+  shard, block = source._locate(12 * 4 + 2)
+  file = next((bad / 'sites').rglob(f'shard-{shard:05d}-of-*.bin'))
+  data = bytearray(file.read_bytes())
+  data[block * 16 * 16 * 4] ^= 1
+  file.write_bytes(data)
+  job = [CONFIG, *flags_of(bad), *mesh_flags(2, 1)]
+  children = start_job(tmp_path / 'run', *job, processes=2, devices=1)
+  said = [child.communicate(timeout=120)[1] for child in children]
+  assert children[1].returncode == 2, said[1]
+  assert last(said[1]).startswith('error: process 1: '), said[1]
+  assert f'{file.name}: block {block}' in last(said[1])
+  assert children[0].returncode in (75, -signal.SIGABRT), said[0]
+  assert checkpoints.kept_steps(tmp_path / 'run')[-1:] == [10]
+
+
+def processes_source(store, process):
+  from sae_jax.store.batches import BatchSource
+
+  return BatchSource(
+    store, 'layer_0.resid_post', 64, seed=0, window=8, process=process,
+    processes=2,
+  )  # fmt: skip
+
+
+def last(stderr):
+  lines = [line for line in stderr.splitlines() if not line.startswith('[Gloo')]
+  return lines[-1]
+
+
+def test_a_coordinator_that_does_not_answer(tmp_path, store):
+  flags = [
+    *overrides(store), '--config.distributed.start_seconds=2',
+    '--coordinator=127.0.0.1:1', '--processes=2', '--process_id=1',
+  ]  # fmt: skip
+  done = run(tmp_path / 'run', CONFIG, *flags)
+  assert done.returncode == 75
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith('error: --coordinator=127.0')
+  assert 'process 0 does not answer after 2 s' in lines[0]
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'flags, word',
+  [
+    (['--processes=2'], 'give --coordinator=HOST:PORT'),
+    (['--coordinator=a:1', '--process_id=1'], 'must be below --processes=1'),
+    (['--coordinator=auto'], 'no Slurm, GKE or TPU job'),
+    (['--config.distributed.heartbeat_seconds=0'], 'must be above 0'),
+  ],
+)
+def test_flags_that_do_not_fit(tmp_path, store, flags, word):
+  done = run(tmp_path / 'run', CONFIG, *overrides(store), *flags)
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and word in lines[0], lines
+
+
+class Device:
+  def __init__(self, process):
+    self.process_index = process
+
+
+@pytest.mark.parametrize(
+  'owners, parts',
+  [
+    ([[0, 0], [1, 1]], {0: (0, 2), 1: (1, 2)}),
+    # Processes that differ only in `dict` read the same rows.
+    ([[0, 1], [2, 3]], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+    ([[0, 1], [0, 1]], {0: (0, 1), 1: (0, 1)}),
+    ([[0], [0], [1], [1]], {0: (0, 2), 1: (1, 2)}),
+    # Dealt out otherwise: all read everything.
+    ([[0], [1], [0], [1]], {0: (0, 1), 1: (0, 1)}),
+    ([[0], [0], [0], [1]], {0: (0, 1), 1: (0, 1)}),
+  ],
+)
+def test_which_rows_a_process_reads(monkeypatch, owners, parts):
+  class Mesh:
+    devices = np.array([[Device(p) for p in line] for line in owners])
+    axis_names = ('data', 'dict')
+
+  for process, part in parts.items():
+    monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
+    assert processes.data_part(Mesh()) == part  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_job_follows_a_harvest_and_stops_while_it_waits(tmp_path):
+  """Process 0 alone looks for shards, and SIGTERM goes to the other one."""
+  root, workdir = tmp_path / 'store', tmp_path / 'run'
+  test_growing.begin(root, keep_bytes=0)
+  rows, _ = planted_rows(test_growing.ROWS)
+  more = {
+    'store.window': 2, 'train.rows': 20 * 64, 'train.eval_rows': 0,
+    'train.save_rows': 64 * 64,
+  }  # fmt: skip
+  job = [CONFIG, *overrides(root, **more), HEARTBEAT, *mesh_flags(2, 1)]
+  site = {test_growing.SITE: rows[: 6 * test_growing.SHARD]}
+  with open_writer(root) as writer:
+    writer.write(0, site)
+    children = start_job(workdir, *job, processes=2, devices=1)
+    # Of windows of 2 shards, two are whole: 8 batches.
+    step, deadline = checkpoints.folder(workdir) / '8', time.monotonic() + 120
+    while not step.exists() and time.monotonic() < deadline:
+      time.sleep(0.05)
+    children[1].send_signal(signal.SIGTERM)
+    said = end_job(children, 143, 143)
+    assert 'waiting for the harvest: shard' in said[0]
+    children = start_job(workdir, *job, processes=2, devices=1)
+    writer.write(6 * test_growing.SHARD, {
+      test_growing.SITE: rows[6 * test_growing.SHARD :]
+    })  # fmt: skip
+    said = end_job(children)
+    assert 'going on from step 8' in said[0]
+  assert checkpoints.find_step(workdir) == 20
