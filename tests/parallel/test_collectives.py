@@ -176,6 +176,7 @@ def test_trip_counts_from_conditions_as_the_tpu_compiler_leaves_them(
   assert found.times == times and found.bytes == 32
 
 
+@pytest.mark.filterwarnings('ignore:Error reading persistent compilation')
 def test_the_tpu_compiler_s_text():
   """Its asynchronous pieces count once, its loops without a note."""
   pytest.importorskip('libtpu')
