@@ -14,6 +14,7 @@ pytestmark = pytest.mark.smoke
 B, D, F, K, AUX_K = 256, 16, 1024, 4, 8
 SCALARS = 16  # all-reduced, a micro-batch
 VECTORS = 3  # of D elements, a micro-batch: biases of the decoder
+COUNTS = 2 * 64  # of BatchTopK, a micro-batch: 32 rounds, and those for ties
 
 
 def _sent(config, data, dict_):
@@ -41,22 +42,23 @@ def _config(name, parts, zero1):
   [((2, 4), False), ((2, 4), True), ((8, 1), True), ((1, 8), False)],
 )
 @pytest.mark.parametrize('parts', [1, 4])
-@pytest.mark.parametrize('name', ['jumprelu', 'topk'])
+@pytest.mark.parametrize('name', ['jumprelu', 'topk', 'batchtopk'])
 def test_a_step_sends_what_is_written_and_nothing_else(
   shape, name, parts, zero1
 ):
   data, dict_ = shape
   sent = _sent(_config(name, parts, zero1), data, dict_)
   rows, latents = B // data, F // dict_
-  small = parts * (VECTORS * D + SCALARS)
+  counts = COUNTS if name == 'batchtopk' else 0
+  small = parts * (VECTORS * D + SCALARS + counts)
   matrices = 2 * latents * D
   expected = {}
   if dict_ > 1:
     # One all-reduce of the reconstructions (two with AuxK); L0 of each row.
-    made = (2 if name == 'topk' else 1) * rows * D
+    made = (1 if name == 'jumprelu' else 2) * rows * D
     expected[DICT, 'all-reduce'] = (made, made + rows + small)
-    if name == 'topk':  # values and indices of the candidates
-      offered = 2 * rows * dict_ * (K + AUX_K)
+    if name != 'jumprelu':  # values and indices of the candidates
+      offered = 2 * rows * dict_ * (AUX_K + (K if name == 'topk' else 0))
       expected[DICT, 'all-gather'] = (offered, offered)
   if data > 1:
     # Gradients once whatever the parts; 3 F more for biases, thresholds and
@@ -69,7 +71,10 @@ def test_a_step_sends_what_is_written_and_nothing_else(
       most = matrices + 3 * latents + small
       expected[DATA, 'all-reduce'] = (matrices + latents, most)
   if data > 1 and dict_ > 1:  # norms and counts, in one or in two sums
-    expected[f'{DATA}+{DICT}', 'all-reduce'] = (0, SCALARS)
+    expected[f'{DATA}+{DICT}', 'all-reduce'] = (
+      0,
+      SCALARS + parts * counts,
+    )
     sent.setdefault((f'{DATA}+{DICT}', 'all-reduce'), 0)
   assert sent.keys() == expected.keys()
   for key, (least, most) in expected.items():
