@@ -218,6 +218,7 @@ def test_a_search_that_cannot_succeed_says_why():
 
 
 @has_libtpu
+@pytest.mark.filterwarnings('ignore:Error reading persistent compilation')
 @pytest.mark.slow  # 10 s each, which the compiler takes
 @pytest.mark.parametrize('data,dict_,micro', [(1, 4, 4), (2, 2, 2)])
 def test_the_real_step_compiled_for_a_tpu(data, dict_, micro):
