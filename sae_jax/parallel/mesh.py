@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.errors import UserError
@@ -38,9 +39,11 @@ def make_mesh(
       f'{len(devices)} {devices[0].platform} device(s) present: lower '
       'config.mesh.data or config.mesh.dict'
     )
-  return jax.make_mesh(
-    (data, dict_), (DATA, DICT), devices=devices[: data * dict_]
+  # jax.make_mesh refuses shapes such as 8 x 8 on a torus of 4 x 4 x 4.
+  array = mesh_utils.create_device_mesh(
+    (data, dict_), devices[: data * dict_], allow_split_physical_axes=True
   )
+  return Mesh(array, (DATA, DICT), axis_types=(AxisType.Explicit,) * 2)
 
 
 def check_divides(what: str, size: int, axis: str, parts: int) -> None:

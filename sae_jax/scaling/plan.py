@@ -110,6 +110,7 @@ def _summary(
     needed = compiled.reserved / GIB
   elif isinstance(compiled, DoesNotFit):
     out['refused'] = compiled.message
+    out['method'] += ' and refused: work and traffic are arithmetic'
     needed = max(memory.total / GIB, available(chip) + 1e-3)
     out['memory_gib']['compiler_needs'] = compiled.needed
   else:

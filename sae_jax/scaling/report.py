@@ -27,8 +27,8 @@ def text(p: dict[str, Any]) -> str:
     lines += [
       f'  {"peak":<14}{m["peak"]:>10.3f}   '
       f'{p["peak_over_arithmetic"]:.2f} x arithmetic',
-      f'  {"reserved":<14}{m["reserved"]:>10.3f}   with the gaps between '
-      'temporaries',
+      f'  {"reserved":<14}{m["reserved"]:>10.3f}   state, batch and the '
+      'block of temporaries',
     ]
   lines += [f'  {"available":<14}{m["available"]:>10.3f}   of {m["hbm"]:g}']
   if 'refused' in p:

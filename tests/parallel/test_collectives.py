@@ -176,6 +176,7 @@ def test_trip_counts_from_conditions_as_the_tpu_compiler_leaves_them(
   assert found.times == times and found.bytes == 32
 
 
+@pytest.mark.filterwarnings('ignore:Error reading persistent compilation')
 def test_the_tpu_compiler_s_text():
   """Its asynchronous pieces count once, its loops without a note."""
   pytest.importorskip('libtpu')
@@ -205,6 +206,34 @@ def test_the_tpu_compiler_s_text():
     ('data', 'all-gather'): (1, 2 * size, 8 * size),
     ('dict', 'reduce-scatter'): (1, 2 * size, 8 * size),
   }
+
+
+_PIECES = """
+%start (p: f32[4]) -> (f32[4], f32[8]) {
+  %p = f32[4]{0} parameter(0)
+  %g = f32[8]{0} all-gather(%p), replica_groups={{0,4},{1,5},{2,6},{3,7}}, \
+frontend_attributes={chain_id="0"}
+  ROOT %c = (f32[4], f32[8]) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%done (q: f32[4]) -> f32[8] {
+  %q = f32[4]{0} parameter(0)
+  %h = f32[8]{0} all-gather(%q), replica_groups={{0,4},{1,5},{2,6},{3,7}}, \
+frontend_attributes={chain_id="0"}
+  ROOT %d = f32[8]{0} custom-call(%h), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[4]) -> f32[8] {
+  %a = f32[4]{0} parameter(0)
+  %s = (f32[4], f32[8]) fusion(%a), kind=kCustom, calls=%start
+  ROOT %e = f32[8]{0} fusion(%a), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_the_pieces_of_one_asynchronous_collective_count_once():
+  assert summary(_PIECES, MESH) == {('data', 'all-gather'): (1, 8, 32)}
 
 
 def test_a_text_that_is_no_program():

@@ -12,6 +12,7 @@ import pytest
 
 from sae_jax.errors import UserError
 from sae_jax.parallel.collectives import Collective
+from sae_jax.parallel.mesh import make_mesh
 from sae_jax.scaling import (
   arithmetic,
   costs,
@@ -217,6 +218,7 @@ def test_a_search_that_cannot_succeed_says_why():
 
 
 @has_libtpu
+@pytest.mark.filterwarnings('ignore:Error reading persistent compilation')
 @pytest.mark.slow  # 10 s each, which the compiler takes
 @pytest.mark.parametrize('data,dict_,micro', [(1, 4, 4), (2, 2, 2)])
 def test_the_real_step_compiled_for_a_tpu(data, dict_, micro):
@@ -242,6 +244,12 @@ def test_the_real_step_compiled_for_a_tpu(data, dict_, micro):
     assert 2 * parameters <= moved['data'] < 2.1 * parameters + 10 * F
   assert json.loads(json.dumps(p)) == p
   assert 'fits' in report.text(p)
+
+
+@has_libtpu
+def test_a_mesh_may_split_the_sides_of_a_torus():
+  devices = topology.tpu_devices('v5p:4x4x4')
+  assert make_mesh(8, 8, devices).shape == {'data': 8, 'dict': 8}
 
 
 def _launch(*options):
