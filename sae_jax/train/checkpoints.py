@@ -72,7 +72,7 @@ class Checkpoints:
   def prepare(self, state: State) -> None:
     """Does once what takes a while once (0.3 s), so that the first save does
     not: the manager, the compilation of the sums. A restore does the same."""
-    self._manager, versions()  # noqa: B018
+    _ = self._manager, versions()
     jax.block_until_ready(integrity.sums(integrity.named(state)))
 
   def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
@@ -102,8 +102,11 @@ class Checkpoints:
 
     Raises UserError when the disk refused a save meanwhile.
     """
-    with self._disk_errors():
-      self._manager.check_for_errors()
+    # Only when it is over: Orbax tells an error once, and its own thread must
+    # hear it first, or it removes old checkpoints as if all had gone well.
+    if not self._manager.is_saving_in_progress():
+      with self._disk_errors():
+        self._manager.wait_until_finished()
     taken, self._timings = self._timings, {}
     return taken
 
@@ -135,7 +138,7 @@ class Checkpoints:
       )  # fmt: skip
     if damaged and jax.process_count() > 1:
       multihost_utils.sync_global_devices('damaged checkpoints put aside')
-    self._manager  # noqa: B018
+    _ = self._manager
     return step, state, record
 
   def __enter__(self) -> 'Checkpoints':
