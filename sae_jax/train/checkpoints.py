@@ -102,8 +102,11 @@ class Checkpoints:
 
     Raises UserError when the disk refused a save meanwhile.
     """
-    with self._disk_errors():
-      self._manager.check_for_errors()
+    # Only when it is over: Orbax tells an error once, and its own thread must
+    # hear it first, or it removes old checkpoints as if all had gone well.
+    if not self._manager.is_saving_in_progress():
+      with self._disk_errors():
+        self._manager.wait_until_finished()
     taken, self._timings = self._timings, {}
     return taken
 

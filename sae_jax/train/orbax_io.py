@@ -6,6 +6,7 @@ Leaves lie in it under their names (integrity.named), as one flat dict.
 import dataclasses
 import functools
 import logging as std_logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +107,8 @@ def read(path: Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
 @functools.cache
 def _hush() -> None:
   """Leaves one line of an error: the one that is raised. Orbax also logs it
-  several times with tracebacks, and once a read has failed, the others of the
-  same restore print theirs from threads of tensorstore."""
+  several times with tracebacks, and once a read or write has failed, the others
+  of the same checkpoint print theirs from threads of tensorstore."""
   hook = sys.unraisablehook
 
   def others(unraisable: Any) -> None:
@@ -116,7 +117,7 @@ def _hush() -> None:
 
   sys.unraisablehook = others
   std_logging.getLogger('asyncio').addFilter(
-    lambda record: 'tensorstore_spec' not in record.getMessage()
+    lambda record: not re.search('orbax|tensorstore', record.getMessage())
   )
   logging.get_absl_logger().addFilter(
     lambda record: 'orbax' not in record.pathname or not record.exc_info
