@@ -162,12 +162,13 @@ def observe(act: Activation, f: jax.Array) -> jax.Array:
 def update(act: Activation, seen: jax.Array, decay: jax.Array) -> Activation:
   """The activation after a batch of which `observe` returned `seen`.
 
-  theta <- decay theta + (1 - decay) seen; batches without a positive latent
-  (seen is infinite then) leave it.
+  theta <- decay theta + (1 - decay) seen, the first time seen itself; batches
+  without a positive latent (seen is infinite then) leave it.
   """
   if not isinstance(act, BatchTopK):
     return act
   theta = decay * act.theta + (1 - decay) * seen
+  theta = jnp.where(act.theta > 0, theta, seen)
   return act.replace(theta=jnp.where(jnp.isfinite(seen), theta, act.theta))
 
 

@@ -134,7 +134,11 @@ def validate(config: Config) -> None:
     case 'topk' | 'batchtopk' as name:
       _at_most('act.k', config.act.k, F)
       if config.loss.aux_coef:
-        _at_most('loss.aux_k', max(config.loss.aux_k, 1), F)
+        if not config.loss.aux_k:
+          raise UserError(
+            'config.loss.aux_k=0: set config.loss.aux_coef=0 for no AuxK'
+          )
+        _at_most('loss.aux_k', config.loss.aux_k, F)
       if config.loss.target_l0:
         raise UserError(
           f'config.loss.target_l0={config.loss.target_l0}: only jumprelu has a '

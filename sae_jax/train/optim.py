@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -29,11 +30,12 @@ def width_scaled(lr: float, latents: int, reference: int) -> float:
 
 
 def make_optimizer(
-  schedule: optax.Schedule, *, b1: float, b2: float, eps: float, clip: float
+  *, b1: float, b2: float, eps: float, clip: float
 ) -> optax.GradientTransformation:
-  """Adam; with b1 = 0 no first moment exists (a third of the state saved).
+  """Adam without its learning rate, which `update` takes.
 
-  `clip` bounds the global gradient norm, 0 for none.
+  With b1 = 0 no first moment exists (a third of the state saved). `clip`
+  bounds the global gradient norm, 0 for none.
   """
   if b1:
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
@@ -43,11 +45,15 @@ def make_optimizer(
     )
   # identity keeps the state's structure the same whether clipping is on.
   clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
-  return optax.chain(clipping, adam, optax.scale_by_learning_rate(schedule))
+  return optax.chain(clipping, adam)
 
 
 def update(
-  optimizer: optax.GradientTransformation, grads: SAE, opt: Any, sae: SAE
+  optimizer: optax.GradientTransformation,
+  grads: SAE,
+  opt: Any,
+  sae: SAE,
+  lr: jax.typing.ArrayLike,
 ) -> tuple[SAE, Any]:
   """One step of the optimiser and back onto the constraints.
 
@@ -56,7 +62,8 @@ def update(
   grads = remove_parallel(grads, sae)
   tree: Any = sae  # optax's annotations know no dataclasses
   updates, opt = optimizer.update(grads, opt, tree)  # type: ignore[arg-type]
-  return constrain(optax.apply_updates(tree, updates)), opt  # type: ignore
+  stepped = jax.tree.map(lambda a, u: a - lr * u, tree, updates)
+  return constrain(stepped), opt
 
 
 def remove_parallel(grads: SAE, sae: SAE) -> SAE:

@@ -86,9 +86,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
   """config.optim's optimiser."""
   c = config.optim
-  return optim.make_optimizer(
-    make_schedule(config), b1=c.b1, b2=c.b2, eps=c.eps, clip=c.clip_norm
-  )
+  return optim.make_optimizer(b1=c.b1, b2=c.b2, eps=c.eps, clip=c.clip_norm)
 
 
 def steps_of(rows: int, batch_rows: int) -> int:

@@ -35,7 +35,8 @@ def make_step(
   reconstructions [B, E] and sums of O(B) + O(D); over `data` the gradients
   once and O(F) counts, with config.mesh.zero1 as reduce-scatter of gradients
   and all-gather of parameters. Nothing learned changes where the loss or a
-  gradient is not finite: counters go on, `train/skipped` is 1.
+  gradient is not finite, the optimiser's state neither; steps and rows go on,
+  `train/skipped` is 1.
   """
   optimizer, schedule = make_optimizer(config), make_schedule(config)
   decay, penalties = config.optim.ema, make_penalties(config)
@@ -69,11 +70,11 @@ def make_step(
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(
-      lambda a, b: jnp.where(good, a, b) if a.dtype.kind == 'f' else a, new, old
+      lambda a, b: jnp.where(good, a, b), new, old
     )
 
-    before = split_latents(params, zero1)
-    after, opt = optim.update(optimizer, grads, state.opt, before)
+    before, lr = split_latents(params, zero1), schedule(state.step)
+    after, opt = optim.update(optimizer, grads, state.opt, before, lr)
     t = jnp.minimum(act_decay, state.step / (state.step + 1.0))  # no bias
     after = after.replace(act=activations.update(after.act, terms.seen, t))
     after, opt = keep(after, before), keep(opt, state.opt)
@@ -96,7 +97,7 @@ def make_step(
       'train/l0': terms.l0,
       'train/penalty': terms.penalty,
       'train/dead': (since >= config.loss.dead_rows).mean(),
-      'train/lr': schedule(state.step),
+      'train/lr': lr,
       'train/grad_norm': norm,
       'train/skipped': 1.0 - good,
     }

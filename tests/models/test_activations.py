@@ -157,3 +157,15 @@ def test_other_activations_have_one_rule():
 def test_window_is_open():
   inside = activations._window(jnp.array([0.25, 0.3]), 0.3, jnp.float32(0.1))
   np.testing.assert_array_equal(inside, [0, 1])
+
+
+def test_a_batch_without_latents_leaves_no_trace_in_the_threshold():
+  act = activations.BatchTopK(jnp.float32(0), 4)
+  nothing, decay = jnp.float32(jnp.inf), jnp.float32(0.5)
+  act = activations.update(act, nothing, decay)
+  assert act.theta == 0
+  act = activations.update(act, jnp.float32(0.3), decay)
+  assert act.theta == jnp.float32(0.3)
+  act = activations.update(act, jnp.float32(0.5), decay)
+  assert act.theta == jnp.float32(0.4)
+  assert activations.update(act, nothing, decay).theta == act.theta

@@ -23,6 +23,7 @@ BAD = {
   'mesh and B': (['--config.mesh.data=3'], ['batch_rows=64', '63 or 66']),
   'devices': (['--config.mesh.dict=16'], ['16', '8 cpu device']),
   'batch and block': (['--config.train.batch_rows=40'], ['40', '32 or 48']),
+  'aux_k of none': (['--config.loss.aux_k=0'], ['aux_k=0', 'aux_coef=0']),
   'parts and B': (['--config.train.micro_batches=3'], ['64', 'batches=3']),
   'zero1 and F': (
     ['--config.mesh.zero1', '--config.mesh.data=2', '--config.sae.latents=65'],
