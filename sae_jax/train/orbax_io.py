@@ -9,6 +9,7 @@ import logging as std_logging
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,24 @@ def start_save(
   step: int,
   leaves: dict[str, jax.Array],
   record: dict[str, Any],
-  sums: jax.Array,
 ) -> None:
-  """Returns when the leaves may be donated. The sums, of the leaves in the
-  order of their sorted names, become a part of the record once they are there.
-  """
+  """Returns when the leaves may be donated. Their sums, in the order of their
+  sorted names, become a part of the record once they are there."""
   pieces = {name: ocp.SaveArgs(chunk_byte_size=_PIECE) for name in leaves}
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      meta=_RecordSave(record, sorted(leaves), sums),
-      state=ocp.args.PyTreeSave(leaves, pieces),
-    ),
-    force=True,
-  )
+  sums: Future[jax.Array] = Future()
+  try:
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        meta=_RecordSave(record, sorted(leaves), sums),
+        state=ocp.args.PyTreeSave(leaves, pieces),
+      ),
+      force=True,
+    )
+  finally:
+    # Started before the donation, but after the save: on CPU they would take
+    # the cores from what the loop is waiting for.
+    sums.set_result(integrity.sums(leaves))
 
 
 def is_finished(path: Path) -> bool:
@@ -149,7 +154,7 @@ class _RecordHandler(ocp.AsyncCheckpointHandler):
     ]
 
   async def _write(self, directory: Any, args: '_RecordSave') -> None:
-    found = np.asarray(jax.device_get(args.sums)).tolist()
+    found = np.asarray(jax.device_get(args.sums.result())).tolist()
     sums = dict(zip(args.names, found, strict=True))
     if jax.process_index() == 0:
       text = integrity.seal(args.record | {'sums': sums})
@@ -167,4 +172,4 @@ class _RecordHandler(ocp.AsyncCheckpointHandler):
 class _RecordSave(ocp.args.CheckpointArgs):
   record: dict[str, Any]
   names: list[str]
-  sums: jax.Array  # [len(names)] uint32
+  sums: Future[jax.Array]  # [len(names)] uint32

@@ -51,7 +51,7 @@ def make_activation(act: Config, latents: int) -> activations.Activation:
   """The activation that config.act names; initial parameters."""
   match act.name:
     case 'jumprelu':
-      theta = jnp.full(latents, act.theta, out_sharding=spec(DICT))
+      theta = jnp.full(latents, act.theta, jnp.float32, out_sharding=spec(DICT))
       return activations.jump_relu(theta, act.bandwidth, log=act.log_theta)
     case 'topk':
       return activations.TopK(act.k)
