@@ -127,13 +127,16 @@ def is_first() -> bool:
 def agreed(work: Callable[[], R]) -> R:
   """What `work` gives here; all processes call this together.
 
-  A UserError of one process ends all: the others raise one that names it.
+  A UserError of one process (or an OSError of that kind) ends all: the others
+  raise one that names it.
   """
   result, error = None, None
   try:
     result = work()
-  except UserError as mistake:
-    error = mistake
+  except (UserError, OSError) as mistake:
+    error = cli.mistake_of(mistake) or mistake
+    if not isinstance(error, UserError):
+      raise
   if several():
     failed = _gather(np.array(error is not None))
     if error is None and failed.any():
@@ -227,7 +230,7 @@ def ends_its_job() -> Iterator[None]:
 def dies_with_its_job() -> Iterator[None]:
   """Around what needs the other processes, inside of what waits for them at
   its end: when one of them died, a collective fails, and this one ends at once
-  with one line and exit code 75."""
+  with one line and exit code 75. Raises UserError for what the disk did."""
   try:
     yield
   except UserError:
@@ -235,6 +238,8 @@ def dies_with_its_job() -> Iterator[None]:
   except Exception as error:
     if not several():
       raise
+    if mistake := cli.mistake_of(error):
+      raise mistake from error
     i, count = jax.process_index(), jax.process_count()
     if not isinstance(error, jax.errors.JaxRuntimeError) or any(
       status in str(error) for status in _OURS

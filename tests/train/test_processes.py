@@ -161,6 +161,15 @@ def test_processes_that_disagree(tmp_path, store):
     said = end_job(children, 2, 2)
   assert 'is in use by another process' in last(said[0])
   assert 'process 0 of this job stopped: see there' in last(said[1])
+  # What the disk does to one, outside of what all look at together.
+  (tmp_path / 'c' / 'metrics.jsonl').mkdir(parents=True)
+  children = start_job(tmp_path / 'c', *job, processes=2, devices=1)
+  said = [child.communicate(timeout=120)[1] for child in children]
+  assert children[0].returncode == 2, said[0]
+  assert 'Traceback' not in said[0]
+  assert 'error: process 0: ' in last(said[0]) and 'metrics.jsonl' in said[0]
+  assert 'Is a directory: mend that and retry' in last(said[0])
+  assert children[1].returncode in (75, -signal.SIGABRT), said[1]
 
 
 @pytest.mark.slow
