@@ -186,24 +186,20 @@ def check_same(values: dict[str, Any]) -> None:
   agreed(compare)
 
 
-def data_part(mesh: Mesh) -> tuple[int, int]:
-  """(p, P): of every batch this process needs the p-th P-th of the rows.
+def data_parts(mesh: Mesh) -> tuple[list[int], int]:
+  """([p, ...], P): of every batch this process needs the p-th P-ths.
 
-  Processes that differ only in `dict` need the same. On a mesh that deals out
-  its rows otherwise every process takes all: (0, 1).
+  P is the size of `data`. Processes that differ only in `dict` need the same;
+  on the torus of a TPU a process's devices are seldom one run of the axis.
   """
   lines = np.moveaxis(mesh.devices, mesh.axis_names.index(DATA), 0)
-  rows: dict[int, list[int]] = {}
-  for i, line in enumerate(lines):
-    for process in {device.process_index for device in line.flat}:
-      rows.setdefault(process, []).append(i)
-  mine = rows[jax.process_index()]
-  n = len(mine)
-  even = all(
-    len(r) == n and r[0] % n == 0 and r[-1] - r[0] == n - 1
-    for r in rows.values()
-  )
-  return (mine[0] // n, len(lines) // n) if even else (0, 1)
+  me = jax.process_index()
+  parts = [
+    i
+    for i, line in enumerate(lines)
+    if any(device.process_index == me for device in line.flat)
+  ]
+  return parts, len(lines)
 
 
 @contextlib.contextmanager

@@ -190,7 +190,7 @@ def _open(config: Config, run_dir: str) -> tuple[Path, BatchSource, Mesh]:
       f'the {jax.device_count()} of {jax.process_count()} processes: change '
       'config.mesh.data or config.mesh.dict'
     )
-  return folder, open_source(config, processes.data_part(mesh)), mesh
+  return folder, open_source(config, *processes.data_parts(mesh)), mesh
 
 
 @contextlib.contextmanager

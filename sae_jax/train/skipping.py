@@ -140,6 +140,5 @@ class _Readable:
       return self._source[i]
     except UserError as error:
       logging.warning('batch %d is skipped: %s', i, error)
-      rows = self._source.batch_rows // self._source.processes
       site = self._source.site
-      return np.full((rows, site.width), np.nan, site.read_dtype)
+      return np.full((self._source.rows, site.width), np.nan, site.read_dtype)
