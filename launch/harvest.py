@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from sae_jax import cli
 from sae_jax.harvest.job import harvest
-from sae_jax.parallel.processes import start_processes
+from sae_jax.parallel.processes import ends_its_job, start_processes
 from sae_jax.store.finish import finalize
 from sae_jax.store.manifest import local_root
 
@@ -40,7 +40,8 @@ def main() -> None:
     heartbeat_seconds=config.distributed.heartbeat_seconds,
     start_seconds=config.distributed.start_seconds,
   )
-  harvest(config)
+  with ends_its_job():
+    harvest(config)
 
 
 if __name__ == '__main__':

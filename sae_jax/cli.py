@@ -29,11 +29,19 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
       stop(error)
     except OSError as error:
-      if error.errno not in _USER_ERRNOS:
+      if not (mistake := mistake_of(error)):
         raise
-      stop(f'{error.filename or "disk"}: {error.strerror}: mend that and retry')
+      stop(mistake)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def mistake_of(error: BaseException) -> UserError | None:
+  """What to say of an error that a disk or a path of the user's gave."""
+  if not isinstance(error, OSError) or error.errno not in _USER_ERRNOS:
+    return None
+  where = error.filename or 'disk'
+  return UserError(f'{where}: {error.strerror}: mend that and retry')
 
 
 def stop(error: BaseException | str) -> None:

@@ -127,13 +127,16 @@ def is_first() -> bool:
 def agreed(work: Callable[[], R]) -> R:
   """What `work` gives here; all processes call this together.
 
-  A UserError of one process ends all: the others raise one that names it.
+  A UserError of one process (or an OSError of that kind) ends all: the others
+  raise one that names it.
   """
   result, error = None, None
   try:
     result = work()
-  except UserError as mistake:
-    error = mistake
+  except (UserError, OSError) as mistake:
+    error = cli.mistake_of(mistake) or mistake
+    if not isinstance(error, UserError):
+      raise
   if several():
     failed = _gather(np.array(error is not None))
     if error is None and failed.any():
@@ -183,24 +186,20 @@ def check_same(values: dict[str, Any]) -> None:
   agreed(compare)
 
 
-def data_part(mesh: Mesh) -> tuple[int, int]:
-  """(p, P): of every batch this process needs the p-th P-th of the rows.
+def data_parts(mesh: Mesh) -> tuple[list[int], int]:
+  """([p, ...], P): of every batch this process needs the p-th P-ths.
 
-  Processes that differ only in `dict` need the same. On a mesh that deals out
-  its rows otherwise every process takes all: (0, 1).
+  P is the size of `data`. Processes that differ only in `dict` need the same;
+  on the torus of a TPU a process's devices are seldom one run of the axis.
   """
   lines = np.moveaxis(mesh.devices, mesh.axis_names.index(DATA), 0)
-  rows: dict[int, list[int]] = {}
-  for i, line in enumerate(lines):
-    for process in {device.process_index for device in line.flat}:
-      rows.setdefault(process, []).append(i)
-  mine = rows[jax.process_index()]
-  n = len(mine)
-  even = all(
-    len(r) == n and r[0] % n == 0 and r[-1] - r[0] == n - 1
-    for r in rows.values()
-  )
-  return (mine[0] // n, len(lines) // n) if even else (0, 1)
+  me = jax.process_index()
+  parts = [
+    i
+    for i, line in enumerate(lines)
+    if any(device.process_index == me for device in line.flat)
+  ]
+  return parts, len(lines)
 
 
 @contextlib.contextmanager
@@ -227,7 +226,7 @@ def ends_its_job() -> Iterator[None]:
 def dies_with_its_job() -> Iterator[None]:
   """Around what needs the other processes, inside of what waits for them at
   its end: when one of them died, a collective fails, and this one ends at once
-  with one line and exit code 75."""
+  with one line and exit code 75. Raises UserError for what the disk did."""
   try:
     yield
   except UserError:
@@ -235,6 +234,8 @@ def dies_with_its_job() -> Iterator[None]:
   except Exception as error:
     if not several():
       raise
+    if mistake := cli.mistake_of(error):
+      raise mistake from error
     i, count = jax.process_index(), jax.process_count()
     if not isinstance(error, jax.errors.JaxRuntimeError) or any(
       status in str(error) for status in _OURS

@@ -6,6 +6,7 @@ Every block is checked on read. Needs numpy; Grain for prefetching; not jax.
 import functools
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,15 @@ class BatchSource:
   form an endless stream, epoch after epoch: windows of `window` consecutive
   shards in order, the blocks of a window permuted anew in every epoch. Batch i
   is blocks [i n, (i+1) n) of the stream, n = batch_rows / rows_per_block; it
-  may begin in one epoch and end in the next. Process p of P reads the p-th
-  part of every batch. There is no last batch: `len` is sys.maxsize.
+  may begin in one epoch and end in the next. Of every batch cut into `of`
+  parts, `parts` are read. There is no last batch: `len` is sys.maxsize.
 
   A store that is still being written gives the same batches; `missing(i)`
   says what batch i waits for. Attributes: root, manifest, site (the
-  manifest's Site), batch_rows, rows_per_epoch. Raises UserError: no store, no
-  such site, batch_rows that is not a multiple of rows_per_block x processes,
-  files missing or of a wrong size (with `check_sizes`; else when they are
-  read).
+  manifest's Site), batch_rows, parts, of, rows (of a batch that are read),
+  rows_per_epoch. Raises UserError: no store, no such site, batch_rows that is
+  not a multiple of rows_per_block x of, files missing or of a wrong size (with
+  `check_sizes`; else when they are read).
   """
 
   def __init__(
@@ -52,16 +53,17 @@ class BatchSource:
     *,
     seed: int,
     window: int,
-    process: int = 0,
-    processes: int = 1,
+    parts: Sequence[int] = (0,),
+    of: int = 1,
     check_sizes: bool = True,
   ):
     self.root = root = local_root(root)
     self.manifest = manifest = read_manifest(root, complete=False)
     self.site = manifest.site(site)
     self.batch_rows, self.seed = batch_rows, seed
-    self.process, self.processes = process, processes
+    self.parts, self.of = sorted(parts), of
     self._check(window)
+    self.rows = batch_rows // of * len(self.parts)
     self._window, self._closed = window, threading.Event()
     # Full blocks are numbered in file order: where each shard's begin, and
     # where each window's begin; the last entry of both is their number.
@@ -86,23 +88,22 @@ class BatchSource:
       self._check_files()
 
   def _check(self, window: int) -> None:
-    unit = self.manifest.rows_per_block * self.processes
+    unit = self.manifest.rows_per_block * self.of
     if self.batch_rows < 1 or self.batch_rows % unit:
       below = self.batch_rows // unit * unit
       values = [f'{v:,}' for v in (below, below + unit) if v > 0]
       raise UserError(
         f"batch_rows: {self.batch_rows:,} is not a multiple of the store's "
-        f'block ({self.manifest.rows_per_block} rows) x {self.processes} '
+        f'block ({self.manifest.rows_per_block} rows) x {self.of} '
         f'data processes: use {" or ".join(values)}'
       )
     if window < 1:
       raise UserError(f'window: {window} shards; use 1 or more')
     if not 0 <= self.seed < 2**64:
       raise UserError(f'seed: {self.seed}; use 0 to 2^64 - 1')
-    if not 0 <= self.process < self.processes:
+    if not self.parts or not set(self.parts) <= set(range(self.of)):
       raise UserError(
-        f'process: {self.process} of {self.processes}; use 0 to '
-        f'{self.processes - 1}'
+        f'parts: {self.parts} of {self.of}; use some of 0 to {self.of - 1}'
       )
 
   def _check_files(self) -> None:
@@ -151,19 +152,19 @@ class BatchSource:
     return sys.maxsize
 
   def __getitem__(self, i: int) -> np.ndarray:
-    """Rows [batch_rows / processes, width] of batch i, in the stored dtype
-    (int8: float32). Waits for shards that are being written. The memory is
-    used again once neither the array nor a view of it is referred to.
+    """The parts' rows [rows, width] of batch i, one part after the other, in
+    the stored dtype (int8: float32). Waits for shards that are being written.
+    The memory is used again once neither the array nor a view of it is
+    referred to.
 
     Raises UserError naming the file and block that cannot be trusted.
     """
     block_rows = self.manifest.rows_per_block
     count = self.batch_rows // block_rows
-    mine = count // self.processes
-    first = i * count + self.process * mine
-    places = [self._locate(first + j) for j in range(mine)]
-    shape = (mine * block_rows, self.site.width)
-    out = self._pool.empty(shape, self.site.read_dtype)
+    each = count // self.of
+    firsts = [i * count + part * each for part in self.parts]
+    places = [self._locate(at + j) for at in firsts for j in range(each)]
+    out = self._pool.empty((self.rows, self.site.width), self.site.read_dtype)
     # What is in the page cache first; the disk is told all the rest at once.
     rest = []
     for j, (shard, block) in enumerate(places):

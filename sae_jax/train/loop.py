@@ -6,6 +6,7 @@ job run it together, and whatever steers it is the same in all of them.
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -73,8 +74,10 @@ def train(config: Config, run_dir: str) -> State:
         )
         break
       except skipping.BadStretch as found:
-        stretch = found
-        processes.agreed(lambda: skipping.forget(folder))
+        # Its traceback holds _run's frame: the whole state, a second time.
+        stretch = found.with_traceback(None)
+        forget = functools.partial(skipping.forget, folder, found.began)
+        processes.agreed(forget)
         source = _open(config, run_dir)[1]
   rows = step * config.train.batch_rows
   if step < steps_of(config.train.rows, config.train.batch_rows):
@@ -187,7 +190,7 @@ def _open(config: Config, run_dir: str) -> tuple[Path, BatchSource, Mesh]:
       f'the {jax.device_count()} of {jax.process_count()} processes: change '
       'config.mesh.data or config.mesh.dict'
     )
-  return folder, open_source(config, processes.data_part(mesh)), mesh
+  return folder, open_source(config, *processes.data_parts(mesh)), mesh
 
 
 @contextlib.contextmanager

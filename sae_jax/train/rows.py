@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,21 +20,22 @@ from sae_jax.train import growing
 from sae_jax.train.progress import Progress
 
 
-def open_source(config: Config, part: tuple[int, int] = (0, 1)) -> BatchSource:
+def open_source(
+  config: Config, parts: Sequence[int] = (0,), of: int = 1
+) -> BatchSource:
   """The store's batches; UserError unless store and config fit together.
 
-  part: (p, P), this process needs the p-th P-th of the rows of a batch. It
-  reads more where a P-th is not made of whole blocks.
+  parts: of a batch cut into `of`, those that this process needs. It reads more
+  where a part is not made of whole blocks.
   """
   c, batch = config.store, config.train.batch_rows
-  p, parts = part
-  if parts > 1:
+  if of > 1:
     manifest = read_manifest(local_root(c.path), complete=False)
-    readable = math.gcd(parts, batch // manifest.rows_per_block)
-    p, parts = p * readable // parts, readable
+    readable = math.gcd(of, batch // manifest.rows_per_block)
+    parts, of = sorted({p * readable // of for p in parts}), readable
   source = BatchSource(
     c.path, c.site, batch, seed=config.seed, window=c.window,
-    process=p, processes=parts,
+    parts=parts, of=of,
     check_sizes=config.train.on_bad_block == 'stop',
   )  # fmt: skip
   if source.site.width != config.sae.d_in:
@@ -66,20 +67,30 @@ def held_out_rows(config: Config) -> jax.Array | None:
       f'{c.path} or config.train.eval_size={size}: set it to 0, or harvest '
       'with store.held_out_shards=1'
     )
-  return put_rows(np.concatenate(taken)[:count], 0, count)
+  return put_rows(np.concatenate(taken)[:count], [0], count)
 
 
-def put_rows(rows: np.ndarray, first: int, total: int) -> jax.Array:
-  """[total@data, D] on the devices, of which `rows` are those from `first` on:
-  at least those of this process's devices."""
-
+def put_rows(rows: np.ndarray, parts: Sequence[int], total: int) -> jax.Array:
+  """[total@data, D] on the devices, of which `rows` are these parts, one after
+  the other: at least what this process's devices have."""
   sharding = NamedSharding(jax.sharding.get_mesh(), Spec(DATA, None))
-  shape, parts = (total, rows.shape[1]), []
+  shape, taken = (total, rows.shape[1]), []
   places: Any = sharding.addressable_devices_indices_map(shape)
   for device, index in places.items():
     start, end, _ = index[0].indices(total)
-    parts.append(jax.device_put(rows[start - first : end - first], device))
-  return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    there = part_rows(rows, parts, start, end)
+    taken.append(jax.device_put(there, device))
+  return jax.make_array_from_single_device_arrays(shape, sharding, taken)
+
+
+def part_rows(
+  rows: np.ndarray, parts: Sequence[int], start: int, end: int
+) -> np.ndarray:
+  """The rows [start, end) of a batch of which `rows` are some equal parts, one
+  after the other; they lie within one of them."""
+  size = len(rows) // len(parts)
+  first = start + (parts.index(start // size) - start // size) * size
+  return rows[first : first + end - start]
 
 
 def next_batch(
@@ -88,6 +99,6 @@ def next_batch(
   """The next rows [B@data, D] on the devices; the wait is metered."""
   began = time.perf_counter()
   rows = next(batches)
-  x = put_rows(rows, source.process * len(rows), source.batch_rows)
+  x = put_rows(rows, source.parts, source.batch_rows)
   progress.waited += time.perf_counter() - began
   return x

@@ -25,13 +25,13 @@ class BadStretch(UserError):
   """So many updates in a row were skipped that the run goes back.
 
   position: rows of the stream up to which it leaves out the data then;
-  jumped_at: the step from which it had gone around such rows before, if it
-  had.
+  began: the last step before them; jumped_at: the step from which it had gone
+  around such rows before, if it had.
   """
 
-  def __init__(self, position: int, jumped_at: int | None):
+  def __init__(self, position: int, began: int, jumped_at: int | None):
     super().__init__(f'the rows before row {position} of the stream are bad')
-    self.position, self.jumped_at = position, jumped_at
+    self.position, self.began, self.jumped_at = position, began, jumped_at
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Skips:
         self.total,
       )  # fmt: skip
     if self.in_a_row >= self.most:
-      raise BadStretch(position, self.jumped_at)
+      raise BadStretch(position, step - self.in_a_row, self.jumped_at)
 
   def jump(self, position: int, stretch: BadStretch) -> int:
     """The position behind the stretch, for a run that was restored at
@@ -102,16 +102,23 @@ def restore(run_dir: Path, step: int, most: int) -> Skips:
   )
 
 
-def forget(run_dir: Path) -> None:
-  """Removes checkpoints from within a stretch that is to be gone around, if
-  one from before it is left: all that is learned in them is in that one."""
+def forget(run_dir: Path, began: int) -> None:
+  """Removes the checkpoints after step `began`, from within a stretch that is
+  to be gone around, if one from before it is left to go back to."""
   if not processes.is_first():
     return
   steps = checkpoints.kept_steps(run_dir)
-  within = [s for s in steps if restore(run_dir, s, 0).in_a_row]
-  if len(within) < len(steps):
-    for step in within:
+  if any(_has_record(run_dir, step) for step in steps if step <= began):
+    for step in (step for step in steps if step > began):
       shutil.rmtree(checkpoints.folder(run_dir) / str(step))
+
+
+def _has_record(run_dir: Path, step: int) -> bool:
+  try:
+    checkpoints.read_meta(run_dir, step)
+  except checkpoints.Damaged:  # put aside by the restore
+    return False
+  return True
 
 
 def readable(source: BatchSource, on_bad_block: str) -> Any:
@@ -133,6 +140,5 @@ class _Readable:
       return self._source[i]
     except UserError as error:
       logging.warning('batch %d is skipped: %s', i, error)
-      rows = self._source.batch_rows // self._source.processes
       site = self._source.site
-      return np.full((rows, site.width), np.nan, site.read_dtype)
+      return np.full((self._source.rows, site.width), np.nan, site.read_dtype)

@@ -189,6 +189,38 @@ def test_a_mistake_ends_all_processes_of_a_job_at_once(tmp_path, text):
   assert not (tmp_path / 's').exists()
 
 
+@pytest.mark.slow
+def test_a_mistake_of_one_process_ends_all(tmp_path, text):
+  """launch/harvest.py: process 1 does not see the text, 0 waits for it."""
+  address = free_address()
+  values = {
+    'store.path': tmp_path / 's', 'model.path': 'tiny', 'harvest.rows': 300,
+    'harvest.sites': repr(SITES), 'harvest.sequence_length': 10,
+    'harvest.batch_sequences': 4, 'store.rows_per_shard': 64,
+    'store.rows_per_block': 16, 'mesh.data': 2, 'mesh.dict': 2,
+    'distributed.heartbeat_seconds': 5,
+  }  # fmt: skip
+  both = [
+    subprocess.Popen(
+      [sys.executable, str(PROGRAM), f'--config={ROOT}/configs/harvest.py:tiny',
+       *(f'--config.{key}={value}' for key, value in values.items()),
+       f'--config.text.path={seen}', f'--coordinator={address}',
+       '--processes=2', f'--process_id={i}'],
+      env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '2'},
+      stderr=subprocess.PIPE, text=True,
+    )
+    for i, seen in enumerate([text, tmp_path / 'nowhere'])
+  ]  # fmt: skip
+  try:
+    said = [process.communicate(timeout=100)[1] for process in both]
+  finally:
+    for process in both:
+      process.kill()
+  assert both[1].returncode == 2, said[1]
+  assert 'error: process 1: ' in said[1] and '/nowhere' in said[1]
+  assert both[0].returncode in (75, -signal.SIGABRT), said[0]
+
+
 def test_a_full_budget_leaves_room_for_a_restart(tmp_path, text, monkeypatch):
   """What lies there already is not asked for a second time."""
   config = tiny_config(text, tmp_path / 's')

@@ -3,11 +3,15 @@
 As a program: `python tiny_harvest.py TEXT DIE [KEY=VALUE...] STORE...` harvests
 into each store; DIE is 'never', or 'rename:N' / 'write:N' to kill -9 itself
 there; KEY=VALUE changes the config, processes=ADDRESS,N,I joins a job.
+`python tiny_harvest.py --config=... [FLAGS]` is launch/harvest.py itself, with
+the random model.
 """
 
 import os
+import runpy
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -103,7 +107,17 @@ def die_at(place: str) -> None:
   setattr(owner, name, counted)
 
 
+def launch() -> None:
+  """launch/harvest.py with the tiny model, which needs no files."""
+  harvest = job.harvest
+  job.harvest = lambda config: harvest(config, tiny_subject())  # type: ignore
+  root = Path(__file__).parents[2]
+  runpy.run_path(str(root / 'launch' / 'harvest.py'), run_name='__main__')
+
+
 def main() -> None:
+  if sys.argv[1].startswith('--'):
+    return launch()
   _, text_folder, death, *rest = sys.argv
   # The manifest keeps the revision; a commit may happen during the test.
   planning.git_revision = lambda: 'test'

@@ -107,13 +107,13 @@ def test_a_batch_depends_on_seed_and_index_alone(store):
 @pytest.mark.parametrize('processes', [2, 3])
 def test_processes_share_the_one_process_batch(store, processes):
   whole = source(store, 48)
-  parts = [
-    source(store, 48, process=p, processes=processes) for p in range(processes)
-  ]
+  parts = [source(store, 48, parts=[p], of=processes) for p in range(processes)]
   for i in range(10):
     read = [part[i] for part in parts]
     assert {len(part) for part in read} == {48 // processes}
     np.testing.assert_array_equal(np.concatenate(read), whole[i])
+    ends = source(store, 48, parts=[processes - 1, 0], of=processes)[i]
+    np.testing.assert_array_equal(ends, np.concatenate([read[0], read[-1]]))
 
 
 def test_bfloat16_comes_as_it_is_stored(store):
@@ -271,7 +271,7 @@ def test_only_batches_keep_files_open_and_not_for_ever(tmp_path, dtype):
 )
 def test_batches_of_whole_blocks(store, batch_rows, processes, message):
   with pytest.raises(UserError, match=message):
-    source(store, batch_rows, processes=processes)
+    source(store, batch_rows, of=processes)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,8 @@ def test_batches_of_whole_blocks(store, batch_rows, processes, message):
     (dict(site='c'), "no 'c' in this store; it has: a, b"),
     (dict(window=0), 'window'),
     (dict(seed=-1), 'seed'),
-    (dict(process=1), 'process'),
+    (dict(parts=[1]), r'parts: \[1\] of 1; use some of 0 to 0'),
+    (dict(parts=[]), 'parts'),
   ],
 )
 def test_bad_arguments(store, change, message):

@@ -9,13 +9,22 @@ import jax
 import numpy as np
 import pytest
 import test_growing
-from train_runs import end_job, overrides, planted_rows, run, start_job
+from train_runs import (
+  SITE,
+  D,
+  end_job,
+  overrides,
+  planted_rows,
+  run,
+  start_job,
+)
 
 from sae_jax.parallel import processes
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store.writer import open_writer
-from sae_jax.train import checkpoints, state
+from sae_jax.train import checkpoints, rows, state
 from sae_jax.train import run as runs
+from sae_jax.train.config import base_config
 
 CONFIG = 'topk.py:demo'
 HEARTBEAT = '--config.distributed.heartbeat_seconds=10'
@@ -161,6 +170,15 @@ def test_processes_that_disagree(tmp_path, store):
     said = end_job(children, 2, 2)
   assert 'is in use by another process' in last(said[0])
   assert 'process 0 of this job stopped: see there' in last(said[1])
+  # What the disk does to one, outside of what all look at together.
+  (tmp_path / 'c' / 'metrics.jsonl').mkdir(parents=True)
+  children = start_job(tmp_path / 'c', *job, processes=2, devices=1)
+  said = [child.communicate(timeout=120)[1] for child in children]
+  assert children[0].returncode == 2, said[0]
+  assert 'Traceback' not in said[0]
+  assert 'error: process 0: ' in last(said[0]) and 'metrics.jsonl' in said[0]
+  assert 'Is a directory: mend that and retry' in last(said[0])
+  assert children[1].returncode in (75, -signal.SIGABRT), said[1]
 
 
 @pytest.mark.slow
@@ -195,8 +213,7 @@ def processes_source(store, process):
   from sae_jax.store.batches import BatchSource
 
   return BatchSource(
-    store, 'layer_0.resid_post', 64, seed=0, window=8, process=process,
-    processes=2,
+    store, 'layer_0.resid_post', 64, seed=0, window=8, parts=[process], of=2,
   )  # fmt: skip
 
 
@@ -239,27 +256,50 @@ class Device:
     self.process_index = process
 
 
-@pytest.mark.parametrize(
-  'owners, parts',
-  [
-    ([[0, 0], [1, 1]], {0: (0, 2), 1: (1, 2)}),
-    # Processes that differ only in `dict` read the same rows.
-    ([[0, 1], [2, 3]], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
-    ([[0, 1], [0, 1]], {0: (0, 1), 1: (0, 1)}),
-    ([[0], [0], [1], [1]], {0: (0, 2), 1: (1, 2)}),
-    # Dealt out otherwise: all read everything.
-    ([[0], [1], [0], [1]], {0: (0, 1), 1: (0, 1)}),
-    ([[0], [0], [0], [1]], {0: (0, 1), 1: (0, 1)}),
-  ],
-)
-def test_which_rows_a_process_reads(monkeypatch, owners, parts):
+# Which processes have a device in each line along `data`; the last four are
+# what jax makes of v5e:4x4 as 16x1 and 8x2, of v5p:2x2x4 as 8x2 and of
+# v5p:4x4x4 as 16x4.
+OWNERS = [
+  [[0, 0], [1, 1]],
+  [[0, 1], [2, 3]],
+  [[0, 1], [0, 1]],
+  [[0], [0], [0], [1]],
+  [[int(p)] for p in '0011110233332220'],
+  [[int(p)] for p in '00221133'],
+  [[int(p)] for p in '01230123'],
+  [[p, p + 1] for p in (0, 4, 8, 12, 0, 4, 8, 12, 2, 6, 10, 14, 2, 6, 10, 14)],
+]
+
+
+@pytest.mark.parametrize('owners', OWNERS)
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch, store, owners):
+  """And no others, where blocks allow it: batches of 64 rows have only 4."""
+  config = base_config()
+  config.store.path, config.store.site, config.sae.d_in = str(store), SITE, D
+
   class Mesh:
     devices = np.array([[Device(p) for p in line] for line in owners])
     axis_names = ('data', 'dict')
 
-  for process, part in parts.items():
-    monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
-    assert processes.data_part(Mesh()) == part  # type: ignore[arg-type]
+  lines = len(owners)
+  for batch in (64, 16 * lines):
+    config.train.batch_rows = batch
+    whole, each = rows.open_source(config)[3], batch // lines
+    for process in {p for line in owners for p in line}:
+      monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
+      parts, of = processes.data_parts(Mesh())  # type: ignore[arg-type]
+      mine = [i for i, line in enumerate(owners) if process in line]
+      assert (parts, of) == (mine, lines)
+      source = rows.open_source(config, parts, of)
+      read = source[3]
+      assert len(read) == source.rows
+      if batch == 16 * lines:
+        assert len(read) == each * len(mine)
+      for i in mine:
+        start, end = i * each, (i + 1) * each
+        np.testing.assert_array_equal(
+          rows.part_rows(read, source.parts, start, end), whole[start:end]
+        )
 
 
 @pytest.mark.slow

@@ -104,9 +104,17 @@ def test_too_many_in_a_row_are_gone_around(
 ):
   """22 to 25 are bad: back to step 20, on with batch 26."""
   config.train.max_skipped = 4
+  held, restore_or_init = [], loop.restore_or_init
+
+  def noting(*args):
+    held.append(sum(a.nbytes for a in jax.live_arrays()))
+    return restore_or_init(*args)
+
   with monkeypatch.context() as patch:
+    patch.setattr(loop, 'restore_or_init', noting)
     changed_batches(patch, nan_at(5, 22, 23, 24, 25))
     state = loop.train(config, str(tmp_path / 'run'))
+  assert len(held) == 2 and held[1] <= held[0]  # the first state is gone
   step, meta = end_of(tmp_path / 'run')
   assert step == 40 and meta['position'] == 46 * 64
   assert meta['jumps'] == [[20 * 64, 26 * 64]]
@@ -139,6 +147,36 @@ def test_skips_in_a_row_outlive_a_restart(tmp_path, config, monkeypatch):
   assert end_of(halves)[1]['skipped_in_a_row'] == 2
   same(state, loop.train(config, str(halves)))
   assert end_of(halves)[1]['jumps'] == whole['jumps'] == [[10 * 64, 22 * 64]]
+
+
+def test_going_back_leaves_older_checkpoints_alone(
+  tmp_path, config, monkeypatch, caplog
+):
+  """Step 10 was saved in a row of skips that ended, 20 is damaged."""
+  config.train.max_skipped, config.train.keep = 4, 9
+  with monkeypatch.context() as patch:
+    changed_batches(patch, nan_at(8, 9))
+    patch.setattr(loop, 'stop_signals', stop_at(10))
+    with pytest.raises(SystemExit):
+      loop.train(config, str(tmp_path))
+  changed_batches(monkeypatch, nan_at(8, 9, *range(33, 37)))
+  forget = skipping.forget
+
+  def damaging(run_dir, began):
+    path = checkpoints.folder(tmp_path) / '20' / 'meta' / 'record.json'
+    path.write_text('damaged')
+    forget(run_dir, began)
+
+  monkeypatch.setattr(skipping, 'forget', damaging)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'stop_signals', stop_at(34 - 10))
+    with pytest.raises(SystemExit):
+      loop.train(config, str(tmp_path))
+  assert checkpoints.kept_steps(tmp_path) == [10, 20, 30, 34]
+  loop.train(config, str(tmp_path))
+  # 34 lay within the stretch.
+  assert checkpoints.kept_steps(tmp_path) == [10, 20, 30, 40]
+  assert end_of(tmp_path)[1]['jumps'] == [[30 * 64, 37 * 64]]
 
 
 def stop_at(step):
