@@ -18,9 +18,9 @@ BUG=251 MISTAKE=252
 # shellcheck disable=SC2016  # expanded by the tasks
 TASK='trap : TERM INT; "$@"; rc=$?
 case $rc in 1) rc='$BUG' ;; 2) rc='$MISTAKE' ;; esac; exit $rc'
-# How often to ask slurmctld, 5 s apart: a restart of it takes seconds, a backup
-# takes over after 120 (SlurmctldTimeout).
-TRIES=30
+# For how long to ask a slurmctld that does not answer, every 5 s and more: it
+# may restart, or a backup takes over after 120 s (SlurmctldTimeout).
+PATIENCE=${SAE_SLURMCTLD_SECONDS:-150}
 
 # When one task has ended, the others notice by themselves: they save, or exit
 # with 75 after config.distributed.heartbeat_seconds. srun must not kill them.
@@ -51,15 +51,18 @@ fi
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] ||
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-for ((i = 0; i < TRIES; i++)); do
-  [ $i = 0 ] || sleep 5
+asked=$SECONDS
+while [ $((SECONDS - asked)) -le "$PATIENCE" ]; do
   # No answer says nothing about the job. A requeue whose answer was lost has
   # changed its state.
-  described=$(scontrol show job -o "$job") || continue
+  described=$(scontrol show job -o "$job")
   state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$described")
   case "$state" in
     RUNNING) ;;
-    '') continue ;;
+    '')
+      sleep 5
+      continue
+      ;;
     *) # somebody cancelled or requeued it
       echo "step.sh: exit code $rc, the job is $state: left as it is"
       exit $rc
@@ -72,6 +75,7 @@ for ((i = 0; i < TRIES; i++)); do
   # Said before: a requeued job is killed.
   echo "step.sh: exit code $rc: back into the queue (restart $((restarts + 1)))"
   if scontrol requeue "$job"; then exit $rc; fi
+  sleep 5
 done
 echo "step.sh: exit code $rc, and no answer from slurmctld: submit it again" >&2
 exit $rc

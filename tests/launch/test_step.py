@@ -33,7 +33,7 @@ RUNS = '0 JobId=7 JobState=RUNNING Requeue=1 Restarts=0'
 DONE = '0'
 
 
-def step(folder, command, *answers):
+def step(folder, command, *answers, seconds=150):
   """The finished step.sh, and the calls of scontrol and sleep."""
   for name, text in (('srun', SRUN), ('scontrol', SCONTROL), ('sleep', SLEEP)):
     (folder / name).write_text(text)
@@ -48,6 +48,7 @@ def step(folder, command, *answers):
     | {
       'PATH': f'{folder}:{os.environ["PATH"]}', 'FAKE': str(folder),
       'SLURM_JOB_ID': '7', 'SLURM_PROCID': '0',
+      'SAE_SLURMCTLD_SECONDS': str(seconds),
     },
     capture_output=True,
     text=True,
@@ -82,7 +83,6 @@ ASKS = 'show sleep '
     ([AWAY, RUNS.replace('RUNNING', 'CANCELLED')],
      ASKS + 'show', 'CANCELLED: left as it is'),
     ([RUNS.replace('Requeue=1', 'Requeue=0')], 'show', 'submit it again'),
-    ([], 29 * ASKS + 'show', 'no answer from slurmctld: submit it again'),
   ],
 )  # fmt: skip
 def test_goes_on_when_slurmctld_is_away(tmp_path, answers, calls, said):
@@ -90,3 +90,10 @@ def test_goes_on_when_slurmctld_is_away(tmp_path, answers, calls, said):
   assert done.returncode == 75
   assert found == calls.split()
   assert said in done.stdout + done.stderr
+
+
+def test_gives_up_when_slurmctld_stays_away(tmp_path):
+  done, calls = step(tmp_path, 'exit 75', seconds=1)
+  assert done.returncode == 75
+  assert len(calls) > 2 and set(calls) == {'show', 'sleep'}
+  assert 'no answer from slurmctld: submit it again' in done.stderr
