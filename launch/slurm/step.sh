@@ -5,18 +5,22 @@
 #
 # (exec: SIGTERM ends a shell that waits for it, and Slurm then kills the step.)
 #
-# 0 and 1 (a bug: its traceback is in the output) end the job with that code, 2
-# (the user's mistake) too, whatever the other tasks of the step ended with.
-# Anything else (143 saved after SIGTERM, 75 another process died, 137 killed)
-# puts the job back into the queue, SAE_MAX_RESTARTS times (default 100) at
-# most; a job that was cancelled stays cancelled. The command must go on where
-# it was stopped.
+# 0 ends the job. 2 (the user's mistake) of any task ends it with 2, 1 (a bug:
+# its traceback is in the output) of any task with 1, whatever the others ended
+# with: they leave with 75 or 134 when they notice. Anything else (143 saved
+# after SIGTERM, 75 another process died, 137 killed) puts the job back into the
+# queue, SAE_MAX_RESTARTS times (default 100) at most; a job that was cancelled
+# stays cancelled. The command must go on where it was stopped.
 set -uo pipefail
 
-# srun reports the highest exit code of all tasks; a mistake must be that.
-MISTAKE=252
+# srun reports the highest exit code of all tasks; these two must be that.
+BUG=251 MISTAKE=252
 # shellcheck disable=SC2016  # expanded by the tasks
-TASK='trap : TERM INT; "$@"; rc=$?; [ $rc != 2 ] || rc='$MISTAKE'; exit $rc'
+TASK='trap : TERM INT; "$@"; rc=$?
+case $rc in 1) rc='$BUG' ;; 2) rc='$MISTAKE' ;; esac; exit $rc'
+# For how long to ask a slurmctld that does not answer, every 5 s and more: it
+# may restart, or a backup takes over after 120 s (SlurmctldTimeout).
+PATIENCE=${SAE_SLURMCTLD_SECONDS:-150}
 
 # When one task has ended, the others notice by themselves: they save, or exit
 # with 75 after config.distributed.heartbeat_seconds. srun must not kill them.
@@ -36,23 +40,42 @@ while kill -0 $step 2>/dev/null; do # a signal has ended the wait
   rc=$?
 done
 
-[ $rc != $MISTAKE ] || rc=2
+case $rc in "$BUG") rc=1 ;; "$MISTAKE") rc=2 ;; esac
 if [ $rc -le 2 ]; then exit $rc; fi
-# The first task of an array has the number of the whole array.
-job=$SLURM_JOB_ID
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] ||
-  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-state=$(scontrol show job -o "$job" |
-  sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
 restarts=${SLURM_RESTART_COUNT:-0}
-if [ "$state" != RUNNING ]; then # somebody cancelled or requeued it
-  echo "step.sh: exit code $rc, the job is $state: left as it is"
-  exit $rc
-fi
 if [ "$restarts" -ge "${SAE_MAX_RESTARTS:-100}" ]; then
   echo "step.sh: exit code $rc after $restarts restarts: given up" >&2
   exit $rc
 fi
-echo "step.sh: exit code $rc: back into the queue (restart $((restarts + 1)))"
-scontrol requeue "$job"
+# The first task of an array has the number of the whole array.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] ||
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+asked=$SECONDS
+while [ $((SECONDS - asked)) -le "$PATIENCE" ]; do
+  # No answer says nothing about the job. A requeue whose answer was lost has
+  # changed its state.
+  described=$(scontrol show job -o "$job")
+  state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$described")
+  case "$state" in
+    RUNNING) ;;
+    '')
+      sleep 5
+      continue
+      ;;
+    *) # somebody cancelled or requeued it
+      echo "step.sh: exit code $rc, the job is $state: left as it is"
+      exit $rc
+      ;;
+  esac
+  if [[ $described == *' Requeue=0 '* ]]; then
+    echo "step.sh: exit code $rc, and no requeue allowed: submit it again" >&2
+    exit $rc
+  fi
+  # Said before: a requeued job is killed.
+  echo "step.sh: exit code $rc: back into the queue (restart $((restarts + 1)))"
+  if scontrol requeue "$job"; then exit $rc; fi
+  sleep 5
+done
+echo "step.sh: exit code $rc, and no answer from slurmctld: submit it again" >&2
 exit $rc

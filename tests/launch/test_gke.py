@@ -1,6 +1,8 @@
 """launch/gke/: what kubectl gets is a JobSet, to the last field."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +109,8 @@ def test_what_it_says(jobset):
   (container,) = pod['containers']
   assert job['parallelism'] == job['completions'] == 4  # 16 chips, 4 a host
   assert container['resources']['limits'] == {'google.com/tpu': 4}
-  assert container['command'][-1] == '--config.store.site=a b'
+  assert container['command'] == ['bash', 'launch/gke/pod.sh']
+  assert container['args'][-1] == '--config.store.site=a b'
   env = {e['name']: e['value'] for e in container['env']}
   assert env['LIBTPU_INIT_ARGS'] == FLAGS['libtpu_init_args']
   assert pod['nodeSelector'] == {
@@ -142,3 +145,50 @@ def test_bad_input(changes, wanted):
   assert done.returncode == 2 and done.stdout == ''
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: ') and wanted in line
+
+
+def pod(folder, command, seconds='0'):
+  """launch/gke/pod.sh with a line of bash; its wait takes `seconds`, and
+  leaves a file `waits`."""
+  real = subprocess.check_output(['which', 'sleep'], text=True).strip()
+  (folder / 'sleep').write_text(
+    f'#!/bin/bash\necho $1 > {folder}/waits\nexec {real} {seconds}\n'
+  )
+  (folder / 'sleep').chmod(0o755)
+  return subprocess.Popen(
+    ['bash', 'launch/gke/pod.sh', 'bash', '-c', command],
+    cwd=ROOT,
+    env=os.environ | {'PATH': f'{folder}:{os.environ["PATH"]}'},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  'code, waits',
+  [(0, 0), (1, 0), (2, 0), (143, 0), (75, 1), (134, 1), (137, 1)],
+)
+def test_a_pod_that_lost_others_waits_for_their_codes(tmp_path, code, waits):
+  process = pod(tmp_path, f'exit {code}')
+  process.communicate(timeout=60)
+  assert process.returncode == code
+  assert (tmp_path / 'waits').exists() == bool(waits)
+
+
+def test_a_pod_hands_sigterm_on_and_waits_for_the_save(tmp_path):
+  # Not 143, which an interrupted wait gives too.
+  saves = 'trap "echo saved; exit 0" TERM; echo begins; while :; do :; done'
+  process = pod(tmp_path, saves)
+  assert process.stdout and process.stdout.readline() == 'begins\n'
+  process.send_signal(signal.SIGTERM)
+  assert process.communicate(timeout=60)[0] == 'saved\n'
+  assert process.returncode == 0 and not (tmp_path / 'waits').exists()
+
+
+def test_sigterm_ends_the_wait_of_a_pod(tmp_path):
+  process = pod(tmp_path, 'exit 75', seconds='600')
+  while not (tmp_path / 'waits').exists():
+    assert process.poll() is None
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == 75

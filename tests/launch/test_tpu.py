@@ -79,7 +79,7 @@ def test_goes_on_after_preemption_and_lost_processes(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'plan, code', [('75 2', 2), ('2 0', 2), ('1 0', 1), ('0 0', 0)]
+  'plan, code', [('75 2', 2), ('2 1', 2), ('1 75', 1), ('134 1', 1), ('0 0', 0)]
 )
 def test_ends_with_a_mistake(tmp_path, plan, code):
   done, _, left = keep(tmp_path, plan, 'unused')
