@@ -18,6 +18,7 @@ from sae_jax import cli  # noqa: E402
 from sae_jax.errors import UserError  # noqa: E402
 from sae_jax.paths import write_atomic  # noqa: E402
 from sae_jax.scaling import plan, report, search  # noqa: E402
+from sae_jax.scaling.rows import rows_of  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Training config.')
 _TOPOLOGY = flags.DEFINE_string(
@@ -32,6 +33,12 @@ _CANDIDATES = flags.DEFINE_integer(
 _CHIPS = flags.DEFINE_bool(
   'chips', False, 'List the families, and the chips each needs by arithmetic.'
 )
+_STORE_DTYPE = flags.DEFINE_string(
+  'store_dtype',
+  None,
+  "Type of the store's rows: bfloat16, float32 or int8; "
+  'else that of config.store if it is here, else bfloat16.',
+)
 _JSON = flags.DEFINE_string(
   'json', None, 'File for all numbers as JSON, - for the output.'
 )
@@ -40,15 +47,16 @@ flags.mark_flag_as_required('config')
 
 def main() -> None:
   """The work of the program."""
+  rows = rows_of(_CONFIG.value, _STORE_DTYPE.value)
   if _CHIPS.value:
-    found = plan.families(_CONFIG.value)
+    found = plan.families(_CONFIG.value, rows)
     return _show(found, report.chips(found))
   if not _TOPOLOGY.value:
     raise UserError('--topology: give chips such as v5p:2x2x4, or --chips')
   if not _SEARCH.value:
-    found = plan.plan(_CONFIG.value, _TOPOLOGY.value)
+    found = plan.plan(_CONFIG.value, _TOPOLOGY.value, rows)
     return _show(found, report.text(found))
-  plans = search.search(_CONFIG.value, _TOPOLOGY.value, _CANDIDATES.value)
+  plans = search.search(_CONFIG.value, _TOPOLOGY.value, _CANDIDATES.value, rows)
   _show(plans, report.text(plans[0]) + '\n\n' + report.table(plans))
 
 

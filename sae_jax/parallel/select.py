@@ -21,7 +21,7 @@ Axes = tuple[str, ...]  # of the mesh; () where a dimension is whole
 # Values and indices that a device may gather for a TopK: 8 bytes each, 256 MiB,
 # a 64th of the smallest accelerator's memory. 128 shards with 16,384 rows and
 # K = 128 would be 2 GiB.
-_MOST_CANDIDATES = 2**25
+MOST_CANDIDATES = 2**25
 MOST_SELECTED = 2**31 - 2  # entries of a batch: counts are int32
 _LIMB = 12  # bits; a sum of limbs stays below 2^31 up to 2^19 rows or devices
 
@@ -39,7 +39,7 @@ def top_k_mask(z: jax.Array, k: int) -> jax.Array:
     shards, width = lax.axis_size(latents), z.shape[-1]
     _check(k, width * shards, 'latents')
     candidates = z[..., 0].size * min(k, width) * shards
-    few = candidates <= _MOST_CANDIDATES
+    few = candidates <= MOST_CANDIDATES
     search = _last_by_candidates if few else _last_by_counts
     value, latent = search(z, k, rows, latents)
     key = _key(z)

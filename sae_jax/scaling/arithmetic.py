@@ -6,6 +6,7 @@ What must exist and must move; a compiler may need more, hardly less.
 from typing import NamedTuple
 
 from sae_jax.config import Config
+from sae_jax.parallel import select
 from sae_jax.parallel.collectives import Collective
 from sae_jax.parallel.mesh import DATA, DICT
 from sae_jax.scaling.costs import Kernel
@@ -17,7 +18,7 @@ class Memory(NamedTuple):
   parameters: int
   optimiser: int  # moments and the running mean of the weights
   gradients: int
-  batch: int  # float32 rows of all micro-batches
+  batch: int  # rows of all micro-batches, as they were stored
   activations: int  # of one micro-batch
 
   @property
@@ -25,13 +26,16 @@ class Memory(NamedTuple):
     return sum(self)
 
 
-def memory(config: Config) -> Memory:
+def memory(config: Config, number_bytes: int = 2) -> Memory:
   """Of one device of the mesh that the config names.
+
+  number_bytes: of one number of the batch's rows on the devices.
 
   Parameters, moments and gradients are float32. Of a micro-batch's
   activations [b, F / dict] there must be pre-activations in float32 and, in
   the products' type, the latents (kept for the backward pass) and the
-  gradient that reaches them; of its rows the reconstruction's error.
+  gradient that reaches them; of its rows the reconstruction's error. With
+  AuxK its latents and its error come on top.
   """
   D, F = config.sae.d_in, config.sae.latents
   data, dict_ = config.mesh.data, config.mesh.dict
@@ -41,12 +45,13 @@ def memory(config: Config) -> Memory:
   parameters = 4 * (2 * latents * D + vectors * latents)
   copies = (2 if config.optim.b1 else 1) + (1 if config.optim.ema else 0)
   split = data if config.mesh.zero1 else 1
+  aux, width = has_aux(config), _width(config)
   return Memory(
     parameters=parameters,
     optimiser=copies * parameters // split,
     gradients=parameters,
-    batch=4 * rows * D,
-    activations=b * latents * (4 + 2 * _width(config)) + 2 * 4 * b * D,
+    batch=number_bytes * rows * D,
+    activations=b * latents * (4 + (2 + aux) * width) + (2 + aux) * 4 * b * D,
   )
 
 
@@ -57,7 +62,12 @@ def _width(config: Config) -> int:
 def products(config: Config) -> int:
   """Matrix products of a step, each 2 B D F FLOPs: encode, decode, and the
   gradients of W_dec, f and W_enc; three more with AuxK."""
-  return 8 if config.act.name == 'topk' and config.loss.aux_coef else 5
+  return 8 if has_aux(config) else 5
+
+
+def has_aux(config: Config) -> bool:
+  """Whether the loss has AuxK; it is counted as in a step with dead latents."""
+  return config.act.name != 'jumprelu' and config.loss.aux_coef > 0
 
 
 def work(config: Config) -> list[tuple[Kernel, int]]:
@@ -96,11 +106,16 @@ def traffic(config: Config) -> list[Collective]:
         Collective(kind, axis, group, elements, 4 * elements, times, source)
       )
 
-  R = 2 if products(config) > 5 else 1
+  aux = has_aux(config)
+  R = 2 if aux else 1
   add('all-reduce', DICT, dict_, R * b * D, m, 'reconstruction')
-  if config.act.name == 'topk':
-    k = min(config.act.k, latents)
-    add('all-gather', DICT, dict_, 2 * b * k * dict_, m, 'candidates of TopK')
+  selections = [config.act.k] if config.act.name == 'topk' else []
+  for k in selections + ([config.loss.aux_k] if aux else []):
+    k, source = min(k, latents), f'the {k} largest of a row'
+    if b * k * dict_ <= select.MOST_CANDIDATES:
+      add('all-gather', DICT, dict_, 2 * b * k * dict_, m, source)
+    else:
+      add('all-reduce', DICT, dict_, 32 * b, m, source)
   if config.mesh.zero1:
     size = 2 * latents * D
     add('reduce-scatter', DATA, data, size, 1, 'gradients')

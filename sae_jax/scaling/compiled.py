@@ -44,8 +44,10 @@ class DoesNotFit(NamedTuple):
   message: str
 
 
-def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, Any]:
-  """(state, x [B@data, D] float32): shapes with shardings on `mesh`."""
+def abstract_arguments(
+  config: Config, mesh: Mesh, dtype: jax.typing.DTypeLike
+) -> tuple[Any, Any]:
+  """(state, x [B@data, D] of `dtype`): shapes with shardings on `mesh`."""
   D = config.sae.d_in
 
   def concrete(a):
@@ -58,15 +60,18 @@ def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, Any]:
     state = jax.eval_shape(lambda: init_state(config, norm()))
   x = jax.ShapeDtypeStruct(
     (config.train.batch_rows, D),
-    jnp.float32,
+    dtype,
     sharding=NamedSharding(mesh, P(DATA, None)),
   )
   return jax.tree.map(concrete, state), x
 
 
-def compile_step(config: Config, mesh: Mesh) -> Compiled | DoesNotFit:
-  """Compiles make_step(config) for the mesh's devices, here or not."""
-  step, arguments = make_step(config), abstract_arguments(config, mesh)
+def compile_step(
+  config: Config, mesh: Mesh, dtype: jax.typing.DTypeLike
+) -> Compiled | DoesNotFit:
+  """Compiles make_step(config) for the mesh's devices, here or not; the rows
+  of its batch are of `dtype`."""
+  step, arguments = make_step(config), abstract_arguments(config, mesh, dtype)
   start = time.perf_counter()
   # Its cache cannot read back what was compiled for devices that are absent.
   cached = jax.config.jax_enable_compilation_cache  # type: ignore

@@ -13,6 +13,7 @@ from sae_jax.scaling import arithmetic, topology
 from sae_jax.scaling.chips import CHIPS, GIB, Chip
 from sae_jax.scaling.compiled import Compiled, DoesNotFit, compile_step
 from sae_jax.scaling.roofline import roofline, seconds, sent
+from sae_jax.scaling.rows import ASSUMED, Rows
 from sae_jax.train.config import validate
 
 # Of its HBM a TPU's compiler keeps a part for itself: 15.75 of v5e's 16 GiB.
@@ -21,7 +22,7 @@ ARITHMETIC = 'arithmetic, not compiled'
 COMPILED = 'compiled ahead of time'
 
 
-def plan(config: Config, name: str) -> dict[str, Any]:
+def plan(config: Config, name: str, rows: Rows = ASSUMED) -> dict[str, Any]:
   """The plan of config's step on topology `name`, such as 'v5p:2x2x4'.
 
   Numbers are of one device (a chip, but half of one of tpu7x) unless their
@@ -31,17 +32,20 @@ def plan(config: Config, name: str) -> dict[str, Any]:
   check_mesh(config, name, chip, chips)
   validate(config)
   if not chip.tpu:
-    return _summary(config, name, chip, chips, None)
+    return _summary(config, name, chip, chips, rows, None)
   mesh = make_mesh(
     config.mesh.data, config.mesh.dict, topology.tpu_devices(name)
   )
-  return _summary(config, name, chip, chips, compile_step(config, mesh))
+  compiled = compile_step(config, mesh, rows.dtype)
+  return _summary(config, name, chip, chips, rows, compiled)
 
 
-def estimate(config: Config, name: str) -> dict[str, Any]:
+def estimate(config: Config, name: str, rows: Rows = ASSUMED) -> dict[str, Any]:
   """The same plan by arithmetic alone, for any topology."""
   chip, chips = topology.parse(name)
-  return _summary(config, name, chip, chips, None)
+  check_mesh(config, name, chip, chips)
+  validate(config)
+  return _summary(config, name, chip, chips, rows, None)
 
 
 def check_mesh(config: Config, name: str, chip: Chip, chips: int) -> None:
@@ -55,6 +59,13 @@ def check_mesh(config: Config, name: str, chip: Chip, chips: int) -> None:
     )
 
 
+def check_values(config: Config) -> None:
+  """UserError for values that no mesh can work with."""
+  c = config.copy_and_resolve_references()
+  c.mesh.data = c.mesh.dict = c.train.micro_batches = 1
+  validate(c)
+
+
 def available(chip: Chip) -> float:
   """GiB of HBM that a program may use on one device."""
   return chip.hbm_gib / chip.devices - _KEPT_GIB
@@ -65,9 +76,10 @@ def _summary(
   name: str,
   chip: Chip,
   chips: int,
+  rows: Rows,
   compiled: Compiled | DoesNotFit | None,
 ) -> dict[str, Any]:
-  c, memory = config, arithmetic.memory(config)
+  c, memory = config, arithmetic.memory(config, rows.dtype.itemsize)
   devices = c.mesh.data * c.mesh.dict
   BDF = c.train.batch_rows * c.sae.d_in * c.sae.latents
   out: dict[str, Any] = {
@@ -78,6 +90,11 @@ def _summary(
     'latents': c.sae.latents,
     'd_in': c.sae.d_in,
     'batch_rows': c.train.batch_rows,
+    'rows': {
+      'stored': rows.stored,
+      'on_devices': rows.dtype.name,
+      'source': rows.source,
+    },
     'activation': c.act.name,
     'compute_dtype': c.train.compute_dtype,
     'data': c.mesh.data,
@@ -127,19 +144,19 @@ def _summary(
   out['hbm_bytes'] = sum(k.bytes * n for k, n in kernels)
   out['collectives'] = [_row(x, chip, chips) for x in merged(moved)]
   line = roofline(kernels, moved, chip, chips, c.train.compute_dtype)
-  rows = c.train.batch_rows / line.step
+  rate = c.train.batch_rows / line.step
   out['seconds'] = line._asdict() | {'bound': line.bound}
-  out['rows_per_second'] = rows
+  out['rows_per_second'] = rate
   out['utilisation'] = {
     'published': published / line.step / chip.peak('bfloat16'),
     'executed': flops / line.step / chip.peak('bfloat16'),
   }
   out['input_bytes_per_second'] = {
-    'store_bfloat16': rows * c.sae.d_in * 2,
+    'store': rate * rows.on_disk(c.sae.d_in),
     # Every device along `dict` gets the same rows.
-    'to_all_devices_float32': rows * c.sae.d_in * 4 * c.mesh.dict,
+    'to_all_devices': rate * c.sae.d_in * rows.dtype.itemsize * c.mesh.dict,
   }
-  out['chips_needed'] = chips_needed(c, chip)
+  out['chips_needed'] = chips_needed(c, chip, rows)
   return out
 
 
@@ -174,7 +191,9 @@ def _row(c: Collective, chip: Chip, chips: int) -> dict[str, Any]:
   }
 
 
-def chips_needed(config: Config, chip: Chip) -> int | None:
+def chips_needed(
+  config: Config, chip: Chip, rows: Rows = ASSUMED
+) -> int | None:
   """Fewest chips, a power of two, whose memory holds the step by arithmetic:
   the dictionary over all of them, micro-batches as small as 128 rows."""
   chips = 1
@@ -182,7 +201,8 @@ def chips_needed(config: Config, chip: Chip) -> int | None:
     c = config.copy_and_resolve_references()
     c.mesh.data, c.mesh.dict = 1, chips * chip.devices
     c.train.micro_batches = max(1, c.train.batch_rows // 128)
-    if arithmetic.memory(c).total / GIB <= available(chip):
+    memory = arithmetic.memory(c, rows.dtype.itemsize)
+    if memory.total / GIB <= available(chip):
       return chips
     chips *= 2
   return None
@@ -198,13 +218,17 @@ def _versions() -> dict[str, str | None]:
   return found
 
 
-def families(config: Config | None) -> list[dict[str, Any]]:
+def families(
+  config: Config | None, rows: Rows = ASSUMED
+) -> list[dict[str, Any]]:
   """The table of chips, with those that config's step needs at least."""
+  if config:
+    check_values(config)
   return [
     chip._asdict()
     | {
       'family': name,
-      'chips_needed': chips_needed(config, chip) if config else None,
+      'chips_needed': chips_needed(config, chip, rows) if config else None,
     }
     for name, chip in CHIPS.items()
   ]

@@ -5,13 +5,15 @@ from typing import Any
 
 def text(p: dict[str, Any]) -> str:
   """One plan, for people."""
-  m, s = p['memory_gib'], p['seconds']
+  m, s, r = p['memory_gib'], p['seconds'], p['rows']
   lines = [
     f'{p["topology"]}: {p["chips"]} chips, mesh data={p["data"]} '
     f'dict={p["dict"]}, {p["micro_batches"]} micro-batch(es)'
     + (', zero1' if p['zero1'] else ''),
     f'{p["activation"]}, {p["latents"]:,} latents x {p["d_in"]:,}, batch '
     f'{p["batch_rows"]:,}, products in {p["compute_dtype"]}',
+    f'rows stored in {r["stored"]} ({r["source"]}), on the devices '
+    f'{r["on_devices"]}',
     f'{p["method"]} ({_versions(p)})',
     '',
     'memory of a device, GiB',
@@ -78,9 +80,11 @@ def _time(p: dict[str, Any], s: dict[str, Any]) -> list[str]:
 
 def _needs(p: dict[str, Any]) -> list[str]:
   i, chips = p['input_bytes_per_second'], p['chips_needed']
+  rows = p['rows']
   return [
-    f'input {i["store_bfloat16"] / 1e9:.3f} GB/s of bfloat16 rows from disk, '
-    f'{i["to_all_devices_float32"] / 1e9:.3f} GB/s of float32 to all devices',
+    f'input {i["store"] / 1e9:.3f} GB/s of {rows["stored"]} rows from disk, '
+    f'{i["to_all_devices"] / 1e9:.3f} GB/s of {rows["on_devices"]} to all '
+    'devices',
     f'chips needed for the memory: {"too many" if chips is None else chips}',
   ]
 

@@ -6,7 +6,8 @@ from typing import Any
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.scaling import topology
-from sae_jax.scaling.plan import available, estimate, plan
+from sae_jax.scaling.plan import available, check_values, estimate, plan
+from sae_jax.scaling.rows import ASSUMED, Rows
 
 # Rows of one micro-batch on one device: fewer leave matrix units idle.
 _FEWEST_ROWS = 128
@@ -38,18 +39,23 @@ def _divides(c: Config, devices: int) -> bool:
   )
 
 
-def search(config: Config, name: str, compile_: int) -> list[dict[str, Any]]:
+def search(
+  config: Config, name: str, compile_: int, rows: Rows = ASSUMED
+) -> list[dict[str, Any]]:
   """Plans of the best candidates, the recommended one first.
 
   Candidates are ordered by the arithmetic estimate, those that cannot fit
   left out; up to `compile_` are compiled (none for GPUs), and of those that
   fit the fastest by the roofline comes first.
 
-  Raises UserError when no candidate divides the config or can fit.
+  Raises UserError when the config cannot work, or no candidate divides it or
+  can fit.
   """
   chip, chips = topology.parse(name)
+  check_values(config)
   found = [
-    (estimate(c, name), c) for c in candidates(config, chips * chip.devices)
+    (estimate(c, name, rows), c)
+    for c in candidates(config, chips * chip.devices)
   ]
   if not found:
     raise UserError(
@@ -68,7 +74,7 @@ def search(config: Config, name: str, compile_: int) -> list[dict[str, Any]]:
   fitting.sort(key=lambda pair: pair[0]['seconds']['step'])
   if not chip.tpu:
     return [e for e, _ in fitting[:compile_]]
-  plans = [plan(c, name) for _, c in _spread(fitting, compile_)]
+  plans = [plan(c, name, rows) for _, c in _spread(fitting, compile_)]
   return sorted(plans, key=lambda p: (not p['fits'], p['seconds']['step']))
 
 

@@ -39,7 +39,7 @@ def rule(request, monkeypatch):
   if request.param == 'batch':
     return batch_top_k_mask, _batch_top_k
   most = 0 if request.param == 'counts' else B * F * 8
-  monkeypatch.setattr(select, '_MOST_CANDIDATES', most)
+  monkeypatch.setattr(select, 'MOST_CANDIDATES', most)
   return top_k_mask, _top_k
 
 
@@ -203,7 +203,7 @@ def test_searches_differ_by_size_alone(monkeypatch):
       ),
     )
   z = jnp.array(_ties(0))
-  monkeypatch.setattr(select, '_MOST_CANDIDATES', B * 4)
+  monkeypatch.setattr(select, 'MOST_CANDIDATES', B * 4)
   top_k_mask(z, 4), top_k_mask(z, 5)
   assert called == ['_last_by_candidates', '_last_by_counts']
 

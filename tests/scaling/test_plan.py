@@ -25,6 +25,7 @@ from sae_jax.scaling import (
 from sae_jax.scaling.chips import CHIPS, GIB, chip_of
 from sae_jax.scaling.compiled import _too_large
 from sae_jax.scaling.costs import Kernel
+from sae_jax.scaling.rows import Rows
 from sae_jax.train.config import base_config
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def _config(data=1, dict_=4, micro=1, **kw):
 def test_memory_by_arithmetic():
   m = arithmetic.memory(_config())
   assert m.parameters == m.gradients == m.optimiser == 4 * (2 * 1024 * D + 2048)
-  assert m.batch == 4 * B * D
+  assert m.batch == 2 * B * D == arithmetic.memory(_config(), 4).batch // 2
   assert m.activations == B * 1024 * 8 + 8 * B * D
   assert m.total == sum(m)
   parts = arithmetic.memory(_config(micro=4))
@@ -57,6 +58,8 @@ def test_memory_by_arithmetic():
   assert split.parameters == m.parameters and split.batch == m.batch // 2
   moments = arithmetic.memory(_config(optim__b1=0.9, optim__ema=0.99))
   assert moments.optimiser == 3 * m.optimiser
+  aux = arithmetic.memory(_config(act__name='batchtopk'))
+  assert aux.activations - m.activations == B * 1024 * 2 + 4 * B * D
   full = arithmetic.memory(_config(train__compute_dtype='float32'))
   assert full.activations - m.activations == B * 1024 * 4
 
@@ -184,7 +187,13 @@ def test_gpus_are_planned_by_arithmetic_and_say_so():
   assert p['flops']['executed'] * 8 == 10 * B * D * F
   assert p['flops']['published'] * 8 == 12 * B * D * F
   rows = B / p['seconds']['step']
-  assert p['input_bytes_per_second']['store_bfloat16'] == rows * D * 2
+  moved = {'store': rows * D * 2, 'to_all_devices': rows * D * 2 * 4}
+  assert p['input_bytes_per_second'] == pytest.approx(moved)
+  p = plan.plan(_config(2, 4), 'h100:8', Rows('int8', 'said'))
+  moved = {'store': rows * (D + 4), 'to_all_devices': rows * D * 4 * 4}
+  assert p['input_bytes_per_second'] == pytest.approx(moved)
+  assert p['memory_gib']['batch'] == B // 2 * D * 4 / GIB
+  assert 'stored in int8 (said), on the devices float32' in report.text(p)
 
 
 def test_more_latents_need_more_chips():
