@@ -106,7 +106,7 @@ def test_the_planned_batch_is_the_one_that_training_sends(tmp_path, stored):
   )  # fmt: skip
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
-    sent = put_rows(open_source(c)[0], 0, 256)
+    sent = put_rows(open_source(c)[0], [0], 256)
   _, x = abstract_arguments(c, mesh, rows_of(c, None).dtype)
   assert (sent.shape, sent.dtype) == (x.shape, x.dtype)
 
