@@ -9,7 +9,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.collectives import Collective
 from sae_jax.parallel.mesh import make_mesh
-from sae_jax.scaling import arithmetic, topology
+from sae_jax.scaling import arithmetic, gpu, topology
 from sae_jax.scaling.chips import CHIPS, GIB, Chip
 from sae_jax.scaling.compiled import Compiled, DoesNotFit, compile_step
 from sae_jax.scaling.roofline import roofline, seconds, sent
@@ -30,11 +30,15 @@ def plan(config: Config, name: str) -> dict[str, Any]:
   chip, chips = topology.parse(name)
   check_mesh(config, name, chip, chips)
   validate(config)
-  if not chip.tpu:
-    return _summary(config, name, chip, chips, None)
-  mesh = make_mesh(
-    config.mesh.data, config.mesh.dict, topology.tpu_devices(name)
-  )
+  if chip.tpu:
+    devices = topology.tpu_devices(name)
+  elif gpu.installed():
+    devices = gpu.gpu_devices(chip, chips)
+  else:
+    return _summary(config, name, chip, chips, None) | {
+      'to_compile': gpu.INSTALL
+    }
+  mesh = make_mesh(config.mesh.data, config.mesh.dict, devices)
   return _summary(config, name, chip, chips, compile_step(config, mesh))
 
 
@@ -190,7 +194,7 @@ def chips_needed(config: Config, chip: Chip) -> int | None:
 
 def _versions() -> dict[str, str | None]:
   found: dict[str, str | None] = {'jax': jax.__version__}
-  for name in ('jaxlib', 'libtpu'):
+  for name in ('jaxlib', 'libtpu', 'jax-cuda12-pjrt'):
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ def text(p: dict[str, Any]) -> str:
     f'{p["activation"]}, {p["latents"]:,} latents x {p["d_in"]:,}, batch '
     f'{p["batch_rows"]:,}, products in {p["compute_dtype"]}',
     f'{p["method"]} ({_versions(p)})',
+    *([f'to compile it: {p["to_compile"]}'] if 'to_compile' in p else []),
     '',
     'memory of a device, GiB',
     *(

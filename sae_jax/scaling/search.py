@@ -5,7 +5,7 @@ from typing import Any
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.scaling import topology
+from sae_jax.scaling import gpu, topology
 from sae_jax.scaling.plan import available, estimate, plan
 
 # Rows of one micro-batch on one device: fewer leave matrix units idle.
@@ -66,8 +66,8 @@ def search(config: Config, name: str, compile_: int) -> list[dict[str, Any]]:
       f'{found[0][0]["chips_needed"]} of them)'
     )
   fitting.sort(key=lambda pair: pair[0]['seconds']['step'])
-  if not chip.tpu:
-    return [e for e, _ in fitting[:compile_]]
+  if not chip.tpu and not gpu.installed():
+    return [e | {'to_compile': gpu.INSTALL} for e, _ in fitting[:compile_]]
   plans = [plan(c, name) for _, c in _spread(fitting, compile_)]
   return sorted(plans, key=lambda p: (not p['fits'], p['seconds']['step']))
 
