@@ -26,6 +26,16 @@ _PLAN = [
   'libtpu==0.0.50.*; python_version >= "3.12"',  # jax 0.12.0
 ]
 
+_PLAN_GPU = [
+  # XLA's compiler for CUDA without CUDA's libraries (gigabytes that compiling
+  # needs none of), for launch/plan.py on machines without a GPU. It must be of
+  # jaxlib's version. 220 MB. Not in `test`: where it is installed without them,
+  # every program without JAX_PLATFORMS=cpu begins with a traceback about it.
+  'jax-cuda12-plugin==0.10.2; python_version < "3.12"',  # jax 0.10.2
+  'jax-cuda12-plugin==0.12.0; python_version >= "3.12"',  # jax 0.12.0
+  'nvidia-cuda-nvcc-cu12>=12.6.85,<13',  # ptxas; the range that jax asks for
+]
+
 setup(
   name='sae-jax',
   version='0.1.0',
@@ -77,6 +87,7 @@ setup(
     'demo': [_GGUF],
     'data': _DATA,
     'plan': _PLAN,
+    'plan-gpu': _PLAN_GPU,
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
   },

@@ -13,10 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
+from sae_jax.errors import UserError
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.collectives import Collective, collectives
 from sae_jax.parallel.mesh import DATA
 from sae_jax.scaling.costs import Kernel, kernels
+from sae_jax.scaling.gpu import INSTALL
 from sae_jax.train.state import init_state
 from sae_jax.train.step import make_step
 
@@ -28,8 +30,8 @@ class Compiled(NamedTuple):
   temporaries: int  # reserved for everything that lives within a step
   peak: int  # most that is alive at once, arguments included
   reserved: int  # arguments, temporaries, results that reuse no argument
-  cost_flops: float  # cost_analysis: bodies of loops counted once
-  cost_bytes: float
+  cost_flops: float | None  # cost_analysis: bodies of loops counted once
+  cost_bytes: float | None  # None for GPUs that are not here
   kernels: list[tuple[Kernel, int]]
   collectives: list[Collective]
   seconds: float  # of compilation
@@ -70,16 +72,28 @@ def compile_step(
   config: Config, mesh: Mesh, dtype: jax.typing.DTypeLike
 ) -> Compiled | DoesNotFit:
   """Compiles make_step(config) for the mesh's devices, here or not; the rows
-  of its batch are of `dtype`."""
+  of its batch are of `dtype`.
+
+  Raises UserError where CUDA's assembler is missing.
+  """
   step, arguments = make_step(config), abstract_arguments(config, mesh, dtype)
+  gpu = mesh.devices.flat[0].platform == 'gpu'
+  # JAX looks for a GPU to learn whose 'gpu' is; tuning would run kernels on it.
+  platforms = ('cuda',) if gpu else None
+  options: dict[str, Any] = {'xla_gpu_autotune_level': 0} if gpu else {}
   start = time.perf_counter()
   # Its cache cannot read back what was compiled for devices that are absent.
   cached = jax.config.jax_enable_compilation_cache  # type: ignore
   jax.config.update('jax_enable_compilation_cache', False)
   try:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      compiled = step.trace(*arguments).lower().compile()  # type: ignore
+      traced = step.trace(*arguments)  # type: ignore
+      compiled = traced.lower(lowering_platforms=platforms).compile(options)
   except jax.errors.JaxRuntimeError as error:
+    if 'ptxas' in str(error):
+      raise UserError(
+        f'compiling for a GPU needs ptxas, which is not here: {INSTALL}'
+      ) from error
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     return _too_large(str(error))
@@ -94,8 +108,8 @@ def compile_step(
     temporaries=memory.temp_size_in_bytes,
     peak=memory.peak_memory_in_bytes,
     reserved=memory.argument_size_in_bytes + memory.temp_size_in_bytes + extra,
-    cost_flops=cost.get('flops', 0.0),
-    cost_bytes=cost.get('bytes accessed', 0.0),
+    cost_flops=cost.get('flops'),
+    cost_bytes=cost.get('bytes accessed'),
     kernels=kernels(text),
     collectives=collectives(text, mesh),
     seconds=seconds,

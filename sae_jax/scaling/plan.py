@@ -9,7 +9,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.collectives import Collective
 from sae_jax.parallel.mesh import make_mesh
-from sae_jax.scaling import arithmetic, topology
+from sae_jax.scaling import arithmetic, gpu, topology
 from sae_jax.scaling.chips import CHIPS, GIB, Chip
 from sae_jax.scaling.compiled import Compiled, DoesNotFit, compile_step
 from sae_jax.scaling.roofline import roofline, seconds, sent
@@ -31,11 +31,15 @@ def plan(config: Config, name: str, rows: Rows = ASSUMED) -> dict[str, Any]:
   chip, chips = topology.parse(name)
   check_mesh(config, name, chip, chips)
   validate(config)
-  if not chip.tpu:
-    return _summary(config, name, chip, chips, rows, None)
-  mesh = make_mesh(
-    config.mesh.data, config.mesh.dict, topology.tpu_devices(name)
-  )
+  if chip.tpu:
+    devices = topology.tpu_devices(name)
+  elif gpu.installed():
+    devices = gpu.gpu_devices(chip, chips)
+  else:
+    return _summary(config, name, chip, chips, rows, None) | {
+      'to_compile': gpu.INSTALL
+    }
+  mesh = make_mesh(config.mesh.data, config.mesh.dict, devices)
   compiled = compile_step(config, mesh, rows.dtype)
   return _summary(config, name, chip, chips, rows, compiled)
 
@@ -210,7 +214,7 @@ def chips_needed(
 
 def _versions() -> dict[str, str | None]:
   found: dict[str, str | None] = {'jax': jax.__version__}
-  for name in ('jaxlib', 'libtpu'):
+  for name in ('jaxlib', 'libtpu', 'jax-cuda12-pjrt'):
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -15,6 +15,7 @@ def text(p: dict[str, Any]) -> str:
     f'rows stored in {r["stored"]} ({r["source"]}), on the devices '
     f'{r["on_devices"]}',
     f'{p["method"]} ({_versions(p)})',
+    *([f'to compile it: {p["to_compile"]}'] if 'to_compile' in p else []),
     '',
     'memory of a device, GiB',
     *(

@@ -5,7 +5,7 @@ from typing import Any
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.scaling import topology
+from sae_jax.scaling import gpu, topology
 from sae_jax.scaling.plan import available, check_values, estimate, plan
 from sae_jax.scaling.rows import ASSUMED, Rows
 
@@ -72,8 +72,8 @@ def search(
       f'{found[0][0]["chips_needed"]} of them)'
     )
   fitting.sort(key=lambda pair: pair[0]['seconds']['step'])
-  if not chip.tpu:
-    return [e for e, _ in fitting[:compile_]]
+  if not chip.tpu and not gpu.installed():
+    return [e | {'to_compile': gpu.INSTALL} for e, _ in fitting[:compile_]]
   plans = [plan(c, name, rows) for _, c in _spread(fitting, compile_)]
   return sorted(plans, key=lambda p: (not p['fits'], p['seconds']['step']))
 

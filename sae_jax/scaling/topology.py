@@ -26,8 +26,11 @@ _ENVIRONMENT = {
 
 
 def set_environment() -> None:
-  """Keeps libtpu and JAX from looking for a TPU. Call before JAX is used."""
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  """Keeps libtpu and JAX from looking for a TPU or GPU, before JAX is used."""
+  # JAX has read the variable by now; programs started from here will.
+  platforms = os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  if not jax.config.jax_platforms:  # type: ignore
+    jax.config.update('jax_platforms', platforms)
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 

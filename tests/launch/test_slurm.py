@@ -212,7 +212,7 @@ def test_what_exit_codes_lead_to(cluster, steps):
   assert outs[-1].read_text().count('saved') == 2
 
 
-STEPS = 160
+STEPS = 300
 
 
 def output(tmp_path, name):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sae_jax.parallel.mesh import make_mesh
 from sae_jax.scaling import (
   arithmetic,
   costs,
+  gpu,
   plan,
   report,
   roofline,
@@ -32,6 +34,9 @@ ROOT = Path(__file__).parents[2]
 B, D, F = 1024, 256, 4096
 has_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='no libtpu'
+)
+has_cuda = pytest.mark.skipif(
+  not gpu.installed(), reason='no plugin for CUDA: sae_jax[plan-gpu]'
 )
 
 
@@ -180,10 +185,12 @@ def test_peaks_are_found_by_the_names_that_devices_have():
   assert chip_of('cpu') is None
 
 
-def test_gpus_are_planned_by_arithmetic_and_say_so():
+def test_gpus_are_planned_by_arithmetic_and_say_so(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   p = plan.plan(_config(2, 4), 'h100:8')
   assert p['method'] == plan.ARITHMETIC and p['fits']
   assert plan.ARITHMETIC in report.text(p) and 'peak' not in p['memory_gib']
+  assert "to compile it: pip install 'sae_jax[plan-gpu]'" in report.text(p)
   assert p['flops']['executed'] * 8 == 10 * B * D * F
   assert p['flops']['published'] * 8 == 12 * B * D * F
   rows = B / p['seconds']['step']
@@ -205,12 +212,13 @@ def test_more_latents_need_more_chips():
   assert '128' in report.chips(plan.families(wide))
 
 
-def test_a_search_covers_meshes_and_takes_what_fits():
+def test_a_search_covers_meshes_and_takes_what_fits(monkeypatch):
   c = _config(sae__latents=2**20, sae__d_in=2304, train__batch_rows=2**16)
   all_ = list(search.candidates(c, 8))
   assert {x.mesh.data for x in all_} == {1, 2, 4, 8}
   assert all(x.mesh.data * x.mesh.dict == 8 for x in all_)
   assert len({(x.mesh.data, x.train.micro_batches) for x in all_}) == len(all_)
+  monkeypatch.setattr(gpu, 'installed', lambda: False)
   found = search.search(c, 'h100:8', 4)
   assert len(found) == 4 and all(p['fits'] for p in found)
   times = [p['seconds']['step'] for p in found]
@@ -261,13 +269,65 @@ def test_a_mesh_may_split_the_sides_of_a_torus():
   assert make_mesh(8, 8, devices).shape == {'data': 8, 'dict': 8}
 
 
-def _launch(*options):
+def test_a_gpu_is_described_by_its_maker_s_figures():
+  h100, a100 = gpu.target(CHIPS['h100']), gpu.target(CHIPS['a100'])
+  # Boost clocks: 1.98 and 1.41 GHz.
+  assert 'clock_rate_ghz: 1.983' in h100 and 'clock_rate_ghz: 1.411' in a100
+  assert 'shared_memory_per_block_optin: 232448' in h100
+  assert 'shared_memory_per_block_optin: 166912' in a100
+  assert f'device_memory_size: {141 * GIB}' in gpu.target(CHIPS['h200'])
+  assert all(gpu.target(c) for c in CHIPS.values() if not c.tpu)
+
+
+@has_cuda
+@pytest.mark.parametrize('data,dict_,micro', [(1, 8, 4), (4, 2, 1)])
+def test_the_real_step_compiled_for_gpus(data, dict_, micro):
+  c = _config(data, dict_, micro, mesh__zero1=data > 1)
+  p = plan.plan(c, 'h100:8')
+  assert p['method'] == plan.COMPILED and p['fits']
+  assert p['flops']['executed'] * 8 == 10 * B * D * F
+  state = arithmetic.memory(c)
+  needed = (state.parameters + state.optimiser + state.batch) / GIB
+  assert p['memory_gib']['arguments'] == pytest.approx(needed, rel=0.05)
+  assert needed < p['memory_gib']['peak'] < 2 * state.total / GIB
+  moved = {(x['axis'], x['kind']): x['elements'] for x in p['collectives']}
+  rows = B // data * D
+  assert rows <= moved['dict', 'all-reduce'] < rows * 1.1 + 10 * F
+  if data > 1:
+    parameters = 2 * F // dict_ * D
+    for kind in ('reduce-scatter', 'all-gather'):
+      assert parameters <= moved['data', kind] < 1.1 * parameters
+  assert p['versions']['jax-cuda12-pjrt'] and 'refused' not in p
+  assert json.loads(json.dumps(p)) == p
+
+
+@has_cuda
+def test_without_ptxas_one_line_says_what_to_install(monkeypatch):
+  error = jax.errors.JaxRuntimeError('UNAVAILABLE: Neither ptxas nor ...')
+
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', fail)
+  with pytest.raises(UserError, match=r'needs ptxas.*sae_jax\[plan-gpu\]'):
+    plan.plan(_config(), 'h100:4')
+
+
+@has_cuda
+def test_the_program_looks_for_no_gpu():
+  env = {k: v for k, v in os.environ.items() if k != 'JAX_PLATFORMS'}
+  done = _launch('--topology=h100:1', env=env)
+  assert done.returncode == 0 and plan.COMPILED in done.stdout
+  assert 'Traceback' not in done.stderr
+
+
+def _launch(*options, env=None):
   return subprocess.run(
     [
       sys.executable, 'launch/plan.py', '--config=configs/jumprelu.py:demo',
       *options,
     ],
-    cwd=ROOT, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, capture_output=True, text=True, timeout=300, env=env,
   )  # fmt: skip
 
 
@@ -296,7 +356,11 @@ def test_the_program_says_what_does_not_fit(tmp_path):
 def test_the_program_s_errors_are_one_line(options, words):
   done = _launch(*options)
   assert done.returncode == 2 and words in done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+  # Where CUDA's plugin is installed, it logs that there is no driver.
+  logged = ('cudart_stub', 'before absl::InitializeLog()')
+  lines = done.stderr.strip().splitlines()
+  lines = [x for x in lines if not any(word in x for word in logged)]
+  assert len(lines) == 1 and not done.stdout
 
 
 def test_the_program_writes_json():
