@@ -52,14 +52,20 @@ def start_processes(
   Raises UserError for numbers that do not fit together. Ends the process with
   one line and exit code 75 when the others do not come.
   """
+  given = f'--processes={processes}' if processes != 1 else ''
+  if not given and process_id != 0:
+    given = f'--process_id={process_id}'
   if not coordinator:
-    if processes != 1:
-      raise UserError(
-        f'--processes={processes}: give --coordinator=HOST:PORT of process 0 '
-        'too'
-      )
+    if given:
+      raise UserError(f'{given}: give --coordinator=HOST:PORT of process 0 too')
     return
-  if coordinator != 'auto' and not 0 <= process_id < processes:
+  if coordinator == 'auto':
+    if given:
+      raise UserError(
+        f'{given}: --coordinator=auto takes it from the cluster: leave it out, '
+        'or give --coordinator=HOST:PORT'
+      )
+  elif not 0 <= process_id < processes:
     raise UserError(
       f'--process_id={process_id}: must be below --processes={processes}'
     )
@@ -101,13 +107,17 @@ def start_processes(
 def _nobody_there(coordinator: str, process_id: int, seconds: int) -> None:
   """Ends this process, whose main thread waits in C++."""
   whom = 'process 0 does not answer'
-  if process_id == 0:
+  cure = 'the same --coordinator and --processes'
+  if coordinator == 'auto':  # before all are there nobody has a number
+    whom = 'not all processes found each other'
+    cure = "the same command, and look whether the job's other hosts are up"
+  elif process_id == 0:
     whom = 'not all processes are there'
   logging.flush()
   print(
     f'error: --coordinator={coordinator}: {whom} after {seconds} s '
     '(config.distributed.start_seconds): start all processes of the job with '
-    'the same --coordinator and --processes',
+    f'{cure}',
     file=sys.stderr,
     flush=True,
   )

@@ -19,6 +19,7 @@ from train_runs import (
   start_job,
 )
 
+from sae_jax.errors import UserError
 from sae_jax.parallel import processes
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store.writer import open_writer
@@ -233,6 +234,37 @@ def test_a_coordinator_that_does_not_answer(tmp_path, store):
   assert len(lines) == 1 and lines[0].startswith('error: --coordinator=127.0')
   assert 'process 0 does not answer after 2 s' in lines[0]
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (('auto', 2, 0), '--processes=2: --coordinator=auto takes it from the'),
+    (('auto', 1, 1), '--process_id=1: --coordinator=auto takes it from the'),
+    (('', 1, 1), '--process_id=1: give --coordinator=HOST:PORT'),
+  ],
+)
+def test_flags_that_would_not_count(flags, message):
+  with pytest.raises(UserError, match=message):
+    processes.start_processes(*flags, start_seconds=1)
+
+
+def test_a_cluster_whose_first_host_is_away(tmp_path, store):
+  """--coordinator=auto, as in the second task of a Slurm job."""
+  slurm = {
+    'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_STEP_NUM_TASKS': '2', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',
+    'SLURM_LOCALID': '1', 'SLURM_STEP_ID': '0',
+  }  # fmt: skip
+  flags = [
+    *overrides(store), '--config.distributed.start_seconds=2',
+    '--coordinator=auto',
+  ]  # fmt: skip
+  done = run(tmp_path / 'run', CONFIG, *flags, more=slurm)
+  assert done.returncode == 75, done.stderr
+  line = last(done.stderr.strip())
+  assert line.startswith('error: --coordinator=auto: not all processes found')
+  assert '--processes' not in line
 
 
 @pytest.mark.parametrize(

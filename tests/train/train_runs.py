@@ -52,12 +52,12 @@ def command(workdir, config, *flags):
   ]  # fmt: skip
 
 
-def run(workdir, config, *flags, devices=8, **kwargs):
+def run(workdir, config, *flags, devices=8, more=(), **kwargs):
   """Runs launch/train.py to its end; the finished process with its output."""
   env = os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_NUM_CPU_DEVICES': str(devices),
-  }
+  } | dict(more)  # fmt: skip
   return subprocess.run(
     command(workdir, config, *flags),
     env=env,
