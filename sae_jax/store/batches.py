@@ -126,14 +126,23 @@ class BatchSource:
 
   def missing(self, i: int) -> int | None:
     """The first shard of batch i that is not written yet, None if all are."""
-    blocks = self.batch_rows // self.manifest.rows_per_block
     if len(self._finished) == len(self.manifest.training_shards):
       return None
-    places = range(i * blocks, (i + 1) * blocks)
-    for shard in sorted({self._locate(at)[0] for at in places}):
+    for shard in self._shards(i):
       if not self._is_finished(shard):
         return shard
     return None
+
+  def removed(self, i: int) -> bool:
+    """Whether a shard of batch i was removed after it had been read."""
+    now = read_manifest(self.root, complete=False)
+    return any(now.shards[shard].removed for shard in self._shards(i))
+
+  def _shards(self, i: int) -> list[int]:
+    """The shards that batch i has a block of, ascending."""
+    blocks = self.batch_rows // self.manifest.rows_per_block
+    places = range(i * blocks, (i + 1) * blocks)
+    return sorted({self._locate(at)[0] for at in places})
 
   def first_shard(self, position_rows: int) -> int:
     """The first shard that a run at a position may ask for in the first epoch;

@@ -30,12 +30,14 @@ Missing: TypeAlias = Callable[[int], int | None]
 
 
 def open_claim(
-  config: Config, source: BatchSource, folder: Path
+  config: Config, source: BatchSource, folder: Path, jumped: int
 ) -> tuple['Claim', Missing]:
-  """The run's claim on the store, and what its batches wait for."""
-  if not several():
-    return Claim(config, source, folder), source.missing
-  return Claim(config, source, folder), _agreed_missing(source)
+  """The run's claim on the store, and what its batches wait for.
+
+  jumped: rows that the run has gone around.
+  """
+  claim = Claim(config, source, folder, jumped)
+  return claim, _agreed_missing(source) if several() else source.missing
 
 
 def _agreed_missing(source: BatchSource) -> Missing:
@@ -71,8 +73,12 @@ def _look_ahead(source: BatchSource, i: int) -> tuple[int, int]:
 class Claim:
   """What a run may still need of a store with a budget; nothing otherwise."""
 
-  def __init__(self, config: Config, source: BatchSource, folder: Path):
+  def __init__(
+    self, config: Config, source: BatchSource, folder: Path, jumped: int
+  ):
     self._config, self._source, self._folder = config, source, folder
+    self._jumped = jumped
+    check(config, source, source.manifest, jumped)
     self._budget, self._told = source.manifest.keep_bytes, -1
 
   def tell(self) -> None:
@@ -94,7 +100,7 @@ class Claim:
     if not self._budget and self._source.manifest.state != COMPLETE:
       now = read_manifest(self._source.root, complete=False)
       self._budget = now.keep_bytes
-      check(self._config, self._source, now)
+      check(self._config, self._source, now, self._jumped)
     return self._budget > 0
 
   def _tell(self, shard: int) -> None:
@@ -104,16 +110,23 @@ class Claim:
       self._told = shard
 
 
-def check(config: Config, source: BatchSource, m: Manifest) -> None:
-  """UserError when the run and the budget of the store do not fit together."""
+def check(
+  config: Config, source: BatchSource, m: Manifest, jumped: int = 0
+) -> None:
+  """UserError when the run and the budget of the store do not fit together.
+
+  jumped: rows that the run has gone around.
+  """
   c = config.train
   if not m.keep_bytes:
     return
-  B, epoch = c.batch_rows, source.rows_per_epoch
+  B, epoch = c.batch_rows, source.rows_per_epoch - jumped
   if steps_of(c.rows, B) * B > epoch:
     raise UserError(
       f'config.train.rows={c.rows}: the store {source.root} is read once, its '
-      f'shards are removed on the way: give {epoch // B * B} at most'
+      'shards are removed on the way'
+      + (f', and {jumped} rows were gone around' * (jumped > 0))
+      + f': give {epoch // B * B} at most'
     )
   if c.keep_rows:
     raise UserError(

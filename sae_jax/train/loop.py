@@ -118,7 +118,8 @@ def _run(
     skips = skipping.restore(folder, start, c.max_skipped)
     if stretch:
       position = skips.jump(position, stretch)
-    claim, missing = growing.open_claim(config, source, folder)
+    jumped = position - start * c.batch_rows
+    claim, missing = growing.open_claim(config, source, folder, jumped)
     processes.agreed(claim.tell)
     if processes.is_first():
       write_config(folder, config)

@@ -139,6 +139,8 @@ class _Readable:
     try:
       return self._source[i]
     except UserError as error:
+      if self._source.removed(i):  # by a budget: the position is wrong
+        raise
       logging.warning('batch %d is skipped: %s', i, error)
       site = self._source.site
       return np.full((self._source.rows, site.width), np.nan, site.read_dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_skipping
 from train_runs import D, command, overrides, planted_rows
 
 from sae_jax.errors import UserError
@@ -20,7 +21,7 @@ from sae_jax.store.create import create, new_folder, write_arrays
 from sae_jax.store.manifest import Site, read_manifest, shard_bytes
 from sae_jax.store.plan import pack_keep, plan
 from sae_jax.store.writer import open_writer
-from sae_jax.train import growing
+from sae_jax.train import growing, loop, skipping
 from sae_jax.train.config import base_config
 
 pytestmark = pytest.mark.smoke
@@ -225,6 +226,25 @@ def test_runs_that_a_budget_cannot_feed(tmp_path, key, value, message):
     growing.check(config, source, source.manifest)
 
 
+def test_a_jump_past_what_is_read_once_stops(tmp_path, monkeypatch):
+  begin(tmp_path / 'store', keep_bytes=10 * LEAST, trainers=1)
+  with open_writer(tmp_path / 'store') as writer:
+    writer.write(0, {SITE: planted_rows(ROWS)[0]})
+  config = base_config()
+  config.store.path, config.store.site = str(tmp_path / 'store'), SITE
+  config.store.window, config.sae.d_in, config.sae.latents = 2, D, 64
+  config.train.rows, config.train.batch_rows = 63 * SHARD, BATCH
+  config.train.save_rows = 100 * BATCH
+  config.train.eval_rows, config.train.max_skipped = 0, 4
+  bad = test_skipping.nan_at(3, 4, 5, 6)
+  test_skipping.changed_batches(monkeypatch, bad)
+  message = (
+    f'and {7 * BATCH} rows were gone around: give {63 * SHARD - 7 * BATCH} at'
+  )
+  with pytest.raises(UserError, match=message):
+    loop.train(config, str(tmp_path / 'run'))
+
+
 def test_what_may_be_written_depends_on_numbers_alone(tmp_path):
   manifest = begin(tmp_path / 'store')
   assert budget.reach(manifest, 0) == budget.reach(manifest, 2) == 10
@@ -256,6 +276,8 @@ def test_a_trainer_that_comes_too_late_is_refused(tmp_path):
     budget.register(root, budget.Trainer('/runs/a', 1))
   assert budget.read_trainers(root) == [budget.Trainer('/runs/a', 5)]
   source = BatchSource(root, SITE, BATCH, seed=0, window=2)
+  with pytest.raises(UserError, match='was removed after its trainers'):
+    skipping.readable(source, 'skip')[2]
   assert [source.first_shard(i * SHARD) for i in (0, 2, 3, 6, 7)] == [
     1, 3, 3, 7, 8,
   ]  # fmt: skip
