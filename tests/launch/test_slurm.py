@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 import slurm_jobs as jobs
-import tiny_hf
 import train_runs
 
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store.create import write_arrays
 from sae_jax.train import checkpoints, state
 from sae_jax.train import run as runs
+
+tiny_hf = pytest.importorskip('tiny_hf')  # needs torch
 
 pytestmark = [
   pytest.mark.slow,

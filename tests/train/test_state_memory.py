@@ -103,7 +103,7 @@ CHILD = """
 import sys, jax, jax.numpy as jnp, tensorstore as ts
 coordinator, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(coordinator, 2, process)
-from test_memory import small_config
+from test_state_memory import small_config
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.state import abstract_state
