@@ -2,9 +2,15 @@
 
 python scripts/chaos.py --kills=20
 One run is left alone, another one on the same rows is struck: SIGKILL of any
-process (the coordinator too), at a random moment or in the middle of a save,
-SIGTERM, SIGSTOP. After each the whole job is started again. It fails unless
-both runs end with the same parameters and metrics, bit for bit.
+process (the coordinator too), at a random moment, in the middle of a save or
+before a start's first step, SIGTERM, SIGSTOP. After each the whole job is
+started again. It fails unless all exit codes are those of docs/faults.md, the
+others notice within the heartbeat, and both runs end with the same parameters
+and metrics, bit for bit. --seeds=N does so N times.
+
+Faults of files are in tests/train: damaged checkpoints (test_damage.py), bad
+shards and rows that are not a number (test_skipping.py, test_processes.py), a
+full disk (test_full_disk.py).
 """
 
 import collections
@@ -32,6 +38,7 @@ from sae_jax.train.state import State, abstract_state
 
 _KILLS = flags.DEFINE_integer('kills', 20, 'Blows that the run survives.', 1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the moments and the victims.')
+_SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs that are struck.', 1)
 _PROCESSES = flags.DEFINE_integer('processes', 4, 'Processes of the job.', 2)
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps of a run, 0: by the kills.')
 _HEARTBEAT = flags.DEFINE_integer('heartbeat', 10, 'Its seconds.', 1)
@@ -42,32 +49,40 @@ SITE, BATCH, SAVE = 'layer_0.resid_post', 64, 10
 DEVICES = 2  # of a process
 LIMIT = 300  # seconds a start may take to its next blow, or to its end
 # Each as often. 'coordinator' and 'worker' are SIGKILL at a random moment,
-# 'save' of any process while a checkpoint is written.
-BLOWS = ('worker', 'coordinator', 'save', 'SIGTERM', 'SIGSTOP')
+# 'save' of any process while a checkpoint is written, 'start' between its
+# restore and its first step.
+BLOWS = ('worker', 'coordinator', 'save', 'SIGTERM', 'SIGSTOP', 'start')
+# Beyond the heartbeat until the others are gone: they share the cores.
+SLACK = 15
 
 
 def main(argv) -> None:
   del argv
   base = Path(_FOLDER.value or tempfile.mkdtemp(prefix='chaos_'))
-  rng = random.Random(_SEED.value)
-  blows = [BLOWS[i % len(BLOWS)] for i in range(_KILLS.value)]
-  rng.shuffle(blows)
   rows = np.random.default_rng(0).normal(size=(16 * 256, 16))
   if not (base / 'store').exists():
     write_arrays(
       base / 'store', {SITE: rows.astype(np.float32)}, rows_per_shard=256,
       rows_per_block=16, held_out_shards=2,
     )  # fmt: skip
-  steps = _STEPS.value or 15 * len(blows) + 40
-  alone, struck = base / 'alone', base / 'struck'
+  steps = _STEPS.value or 15 * _KILLS.value + 40
+  alone = base / 'alone'
   began = time.monotonic()
   processes = start(base, alone, steps)
   wait(processes, LIMIT + steps)
   codes = [process.returncode for process in processes]
   check(not any(codes), f'the undisturbed job ended with {codes}', alone)
   print(f'undisturbed: {steps} steps in {time.monotonic() - began:.0f} s')
+  for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
+    chaos(base, alone, base / f'struck{seed}', steps, random.Random(seed))
+
+
+def chaos(base: Path, alone: Path, struck: Path, steps: int, rng) -> None:
+  """Strikes one run and compares it with the one that was left alone."""
+  blows = [BLOWS[i % len(BLOWS)] for i in range(_KILLS.value)]
+  rng.shuffle(blows)
   seconds = collections.defaultdict(list)
-  done = 0
+  done, missed = 0, 0
   for blow in blows:
     processes = start(base, struck, steps)
     after = strike(processes, struck, blow, rng)
@@ -75,10 +90,13 @@ def main(argv) -> None:
       break
     done += 1
     codes = [process.returncode for process in processes]
+    if blow == 'save' and not open_saves(struck):  # it was over by then
+      blow, missed = 'late', missed + 1
     seconds[blow].append(after)
     kept = checkpoints.kept_steps(struck)
     print(f'{done:3d} {blow:12s} others gone after {after:6.2f} s, exit codes '
           f'{codes}, checkpoints {kept}', flush=True)  # fmt: skip
+  check(not missed or 'save' in seconds, 'no save was open when struck')
   processes = start(base, struck, steps)
   wait(processes, LIMIT + steps)
   codes = [process.returncode for process in processes]
@@ -136,23 +154,23 @@ def start(base: Path, run: Path, steps: int) -> list[subprocess.Popen]:
 def strike(processes, run: Path, blow: str, rng) -> float | None:
   """Seconds until the others were gone; None if the job ended before."""
   first, kept = lines(run), checkpoints.kept_steps(run)
+  said = restores(run)
   target = first + rng.randint(1, 2 * SAVE)
   deadline = time.monotonic() + LIMIT
 
   def due() -> bool:
-    if blow == 'save':
-      return bool(list((run / 'checkpoints').glob('*.orbax-checkpoint-tmp')))
-    return lines(run) >= target
+    return bool(open_saves(run)) if blow == 'save' else lines(run) >= target
 
   moved = lambda: lines(run) > first and checkpoints.kept_steps(run) != kept
   # Each start must get a checkpoint further, or the run would never end.
-  while not (moved() and due()):
+  begun = lambda: restores(run) > said if kept else (run / 'lock').exists()
+  while not (begun() if blow == 'start' else moved() and due()):
     check(time.monotonic() < deadline, f'nothing happened for {LIMIT} s', run)
     if processes[0].poll() is not None:
       wait(processes, LIMIT)
       return None
     time.sleep(0.002)
-  time.sleep(rng.uniform(0, 0.1))
+  time.sleep(rng.uniform(0, {'save': 0.02, 'start': 1.0}.get(blow, 0.1)))
   victim = rng.randrange(1, len(processes))
   if blow == 'coordinator' or (blow != 'worker' and rng.random() < 0.25):
     victim = 0
@@ -165,7 +183,27 @@ def strike(processes, run: Path, blow: str, rng) -> float | None:
   if blow == 'SIGSTOP':
     processes[victim].kill()
   wait(processes, LIMIT)
+  codes = [process.returncode for process in processes]
+  # JAX's abort prints all threads; one that is importing crashes it (SIGSEGV).
+  died = (75, -signal.SIGABRT, -signal.SIGSEGV)
+  good = (143,) if blow == 'SIGTERM' else died
+  fell = 143 if blow == 'SIGTERM' else -signal.SIGKILL
+  check(
+    codes[victim] == fell and all(p.returncode in good for p in others),
+    f'{blow} of process {victim}: exit codes {codes}', run,
+  )  # fmt: skip
+  check(after < _HEARTBEAT.value + SLACK, f'gone after {after:.1f} s only', run)
   return after
+
+
+def open_saves(run: Path) -> list[Path]:
+  return list((run / 'checkpoints').glob('*.orbax-checkpoint-tmp'))
+
+
+def restores(run: Path) -> int:
+  """How often process 0 went on from a checkpoint."""
+  log = run.parent / f'{run.name}.0.log'
+  return log.read_bytes().count(b'going on from step')
 
 
 def lines(run: Path) -> int:
