@@ -9,8 +9,6 @@ from sae_jax.parallel.mesh import DATA, DICT, P, make_mesh
 from sae_jax.train import state, step
 from sae_jax.train.config import base_config
 
-pytestmark = pytest.mark.smoke
-
 B, D, F, K, AUX_K = 256, 16, 1024, 4, 8
 SCALARS = 16  # all-reduced, a micro-batch
 VECTORS = 3  # of D elements, a micro-batch: biases of the decoder
