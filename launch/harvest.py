@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from sae_jax import cli
 from sae_jax.harvest.job import harvest
-from sae_jax.parallel.processes import ends_its_job, start_processes
+from sae_jax.parallel.processes import define_flags
 from sae_jax.store.finish import finalize
 from sae_jax.store.manifest import local_root
 
@@ -19,11 +19,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Harvest config.')
 _FINALIZE = flags.DEFINE_bool(
   'finalize', False, 'Only complete the manifest of a store without gaps.'
 )
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator', '', "host:port of process 0, 'auto' on Slurm, GKE or a TPU."
-)
-_PROCESSES = flags.DEFINE_integer('processes', 1, 'How many there are.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'Which one this is.')
+_JOB = define_flags()
 flags.mark_flags_as_required(['config'])
 
 
@@ -32,16 +28,8 @@ def main() -> None:
     root = local_root(_CONFIG.value.store.path)
     print(f'{root}: {finalize(root).rows:,} rows, complete')
     return
-  config = _CONFIG.value
-  start_processes(
-    _COORDINATOR.value,
-    _PROCESSES.value,
-    _PROCESS_ID.value,
-    heartbeat_seconds=config.distributed.heartbeat_seconds,
-    start_seconds=config.distributed.start_seconds,
-  )
-  with ends_its_job():
-    harvest(config)
+  with _JOB(_CONFIG.value):
+    harvest(_CONFIG.value)
 
 
 if __name__ == '__main__':

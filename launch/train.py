@@ -10,17 +10,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from sae_jax import cli
-from sae_jax.parallel.processes import ends_its_job, start_processes
+from sae_jax.parallel.processes import define_flags
 from sae_jax.train.config import validate
 from sae_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Training config.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_COORDINATOR = flags.DEFINE_string(
-  'coordinator', '', "host:port of process 0, 'auto' on Slurm, GKE or a TPU."
-)
-_PROCESSES = flags.DEFINE_integer('processes', 1, 'How many there are.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'Which one this is.')
+_JOB = define_flags()
 flags.mark_flag_as_required('config')
 flags.register_validator('workdir', bool, 'give the folder of the run')
 
@@ -28,14 +24,7 @@ flags.register_validator('workdir', bool, 'give the folder of the run')
 def main() -> None:
   config = _CONFIG.value
   validate(config)  # before waiting for other processes
-  start_processes(
-    _COORDINATOR.value,
-    _PROCESSES.value,
-    _PROCESS_ID.value,
-    heartbeat_seconds=config.distributed.heartbeat_seconds,
-    start_seconds=config.distributed.start_seconds,
-  )
-  with ends_its_job():
+  with _JOB(config):
     train(config, str(_WORKDIR.value))
 
 

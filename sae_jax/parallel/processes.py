@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sae_jax import cli
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.mesh import DATA
 
@@ -32,6 +33,33 @@ _GRACE_SECONDS = 5
 _OURS = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')
 
 R = TypeVar('R')
+
+
+def define_flags() -> Callable[[Config], contextlib.AbstractContextManager]:
+  """Defines the flags that make a program in launch/ one of several processes.
+
+  Returns job(config): the job that they and config.distributed describe, for
+  as long as this process works in it (start_processes, ends_its_job).
+  """
+  coordinator = flags.DEFINE_string(
+    'coordinator', '', "host:port of process 0, 'auto' on Slurm, GKE or a TPU."
+  )
+  processes = flags.DEFINE_integer('processes', 1, 'How many there are.')
+  process_id = flags.DEFINE_integer('process_id', 0, 'Which one this is.')
+
+  @contextlib.contextmanager
+  def job(config: Config) -> Iterator[None]:
+    start_processes(
+      coordinator.value,
+      processes.value,
+      process_id.value,
+      heartbeat_seconds=config.distributed.heartbeat_seconds,
+      start_seconds=config.distributed.start_seconds,
+    )
+    with ends_its_job():
+      yield
+
+  return job
 
 
 def start_processes(

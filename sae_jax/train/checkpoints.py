@@ -132,7 +132,7 @@ class Checkpoints:
       logging.warning(
         'checkpoint of step %d is damaged (%s): kept as %s; taking that of '
         'step %d, %d steps are trained again',
-        bad, why, _put_aside(self.run_dir, bad), step, bad - step,
+        bad, why, put_aside(self.run_dir, bad, 'damaged'), step, bad - step,
       )  # fmt: skip
     if damaged and jax.process_count() > 1:
       multihost_utils.sync_global_devices('damaged checkpoints put aside')
@@ -324,10 +324,10 @@ def _agreed_steps(run_dir: str | Path) -> list[int]:
   return np.asarray(share(seen)).tolist() if len(seen) else []
 
 
-def _put_aside(run_dir: str | Path, step: int) -> str:
-  """Renames a checkpoint, process 0 alone; its new name."""
+def put_aside(run_dir: str | Path, step: int, why: str) -> str:
+  """Renames a checkpoint to WHY-STEP, process 0 alone; its new name."""
   there, n = folder(run_dir), 0
-  while (there / (name := f'damaged-{step}' + (f'.{n}' if n else ''))).exists():
+  while (there / (name := f'{why}-{step}' + (f'.{n}' if n else ''))).exists():
     n += 1
   if jax.process_index() == 0:
     os.rename(there / str(step), there / name)

@@ -7,7 +7,6 @@ so all skip the same batch, on any mesh, without a word between them.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,14 +102,14 @@ def restore(run_dir: Path, step: int, most: int) -> Skips:
 
 
 def forget(run_dir: Path, began: int) -> None:
-  """Removes the checkpoints after step `began`, from within a stretch that is
-  to be gone around, if one from before it is left to go back to."""
+  """Puts aside the checkpoints after step `began`, from within a stretch that
+  is to be gone around, if one from before it is left to go back to."""
   if not processes.is_first():
     return
   steps = checkpoints.kept_steps(run_dir)
   if any(_has_record(run_dir, step) for step in steps if step <= began):
     for step in (step for step in steps if step > began):
-      shutil.rmtree(checkpoints.folder(run_dir) / str(step))
+      checkpoints.put_aside(run_dir, step, 'skipped')
 
 
 def _has_record(run_dir: Path, step: int) -> bool:
