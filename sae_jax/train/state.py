@@ -72,11 +72,17 @@ def make_penalties(config: Config) -> tuple[objectives.Penalty, ...]:
   return ()
 
 
-def make_schedule(config: Config) -> optax.Schedule:
-  """config.optim's learning rate as a function of the step."""
+def peak_rate(config: Config) -> float:
+  """config.optim's highest learning rate."""
+  c = config.optim
+  return optim.width_scaled(c.lr, config.sae.latents, c.lr_width)
+
+
+def make_schedule(config: Config, peak: float | None = None) -> optax.Schedule:
+  """config.optim's learning rate, or one with this peak, by step."""
   c, batch = config.optim, config.train.batch_rows
   return optim.learning_rate(
-    optim.width_scaled(c.lr, config.sae.latents, c.lr_width),
+    peak_rate(config) if peak is None else peak,
     steps=steps_of(config.train.rows, batch),
     warmup_steps=c.warmup_rows // batch,
     decay_steps=c.decay_rows // batch,

@@ -1,7 +1,7 @@
 """One optimiser update, and the same numbers on held-out rows."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sae_jax.train.state import (
   make_optimizer,
   make_penalties,
   make_schedule,
+  peak_rate,
   with_norms,
 )
 
@@ -26,25 +27,52 @@ Metrics = dict[str, jax.Array]
 SATURATED = 2**30  # rows since a latent fired are counted up to here
 
 
+class Knobs(NamedTuple):
+  """What SAEs that share a compiled step may differ in, as arrays."""
+
+  lr: jax.Array  # [] peak learning rate
+  penalties: tuple[objectives.Penalty, ...]  # their coefficients
+
+
+def make_knobs(config: Config) -> Knobs:
+  """The knobs of a step with this config."""
+  return Knobs(jnp.float32(peak_rate(config)), make_penalties(config))
+
+
 def make_step(
   config: Config,
 ) -> Callable[[State, jax.Array], tuple[State, Metrics]]:
   """step(state, x [B@data, D] raw rows) -> (state, scalar metrics).
 
-  Jitted; the state is donated. Collectives: over `dict` one all-reduce of the
+  Jitted; the state is donated. See `make_update`.
+  """
+  update = make_update(config)
+
+  def step(state, x):
+    return update(state, x, make_knobs(config))
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_update(
+  config: Config,
+) -> Callable[[State, jax.Array, Knobs], tuple[State, Metrics]]:
+  """update(state, x [B@data, D] raw rows, knobs) -> (state, scalar metrics).
+
+  Collectives: over `dict` one all-reduce of the
   reconstructions [B, E] and sums of O(B) + O(D); over `data` the gradients
   once and O(F) counts, with config.mesh.zero1 as reduce-scatter of gradients
   and all-gather of parameters. Nothing learned changes where the loss or a
   gradient is not finite, the optimiser's state neither; steps and rows go on,
   `train/skipped` is 1.
   """
-  optimizer, schedule = make_optimizer(config), make_schedule(config)
-  decay, penalties = config.optim.ema, make_penalties(config)
+  optimizer, schedule = make_optimizer(config), make_schedule(config, 1.0)
+  decay = config.optim.ema
   zero1 = config.mesh.zero1
   ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
   act_decay = config.act.theta_ema
 
-  def grad(state, x, params, dead):
+  def grad(state, x, params, dead, penalties):
     ramp = jnp.minimum(state.step / ramp_steps, 1) if ramp_steps else 1.0
     of = lambda penalties: gradients(
       params,
@@ -63,17 +91,18 @@ def make_step(
       return jax.lax.cond(dead.any(), lambda: of(penalties), lambda: of(()))
     return of(penalties)
 
-  def step(state: State, x: jax.Array) -> tuple[State, Metrics]:
+  def update(state: State, x, knobs: Knobs) -> tuple[State, Metrics]:
     params: Any = learned(state.sae)
     dead = state.rows_since_fired >= config.loss.dead_rows
-    loss, terms, grads = grad(state, x, params, dead)
+    loss, terms, grads = grad(state, x, params, dead, knobs.penalties)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(
       lambda a, b: jnp.where(good, a, b), new, old
     )
 
-    before, lr = split_latents(params, zero1), schedule(state.step)
+    before = split_latents(params, zero1)
+    lr = knobs.lr * schedule(state.step)
     after, opt = optim.update(optimizer, grads, state.opt, before, lr)
     t = jnp.minimum(act_decay, state.step / (state.step + 1.0))  # no bias
     after = after.replace(act=activations.update(after.act, terms.seen, t))
@@ -103,7 +132,7 @@ def make_step(
     }
     return state_after, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  return update
 
 
 @jax.jit
