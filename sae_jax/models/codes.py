@@ -199,7 +199,7 @@ def above(
   more candidates than fit: then the list is not whole, and not to be used.
   """
   F, B = len(s.b_enc), len(n)
-  size = _chunk_rows(B, F)
+  size = chunk_rows(B, F)
   chunks, most = -(-B // size), size * min(budget, F)
   n = jnp.pad(n, ((0, chunks * size - B), (0, 0))).reshape(chunks, size, -1)
 
@@ -269,7 +269,7 @@ def _positions(mask, most):
 
 def _in_chunks(f: Callable, n: jax.Array, latents: int) -> Any:
   """f of chunks of rows of n, joined again."""
-  B, size = len(n), _chunk_rows(len(n), latents)
+  B, size = len(n), chunk_rows(len(n), latents)
   chunks = -(-B // size)
   n = jnp.pad(n, ((0, chunks * size - B), (0, 0)))
   out = lax.map(f, n.reshape(chunks, size, -1))
@@ -278,11 +278,11 @@ def _in_chunks(f: Callable, n: jax.Array, latents: int) -> Any:
 
 def chunks(rows: int, latents: int) -> int:
   """A divisor of `rows`: parts that are about as small as a chunk."""
-  least = -(-rows // _chunk_rows(rows, latents))
+  least = -(-rows // chunk_rows(rows, latents))
   return next(p for p in range(least, rows + 1) if rows % p == 0)
 
 
-def _chunk_rows(rows: int, latents: int) -> int:
+def chunk_rows(rows: int, latents: int) -> int:
   """Rows of a chunk: of equal ones of at most _CHUNK_BYTES, at least 64."""
   size = _CHUNK_BYTES.get(platform(), _CHUNK_BYTES['default'])
   most = max(size // (4 * latents), 64)

@@ -22,6 +22,7 @@ from sae_jax.train import optim
 
 # K / F above one in so many: the dense rule is faster. Measured on a CPU, from
 # bytes and FLOPs elsewhere (docs/performance.md).
+ACTIVE = 64  # latents a row that a JumpReLU without a target is taken to have
 DENSE_FROM = {'cpu': 40, 'default': 512}
 
 
@@ -103,19 +104,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
   return optim.make_optimizer(b1=c.b1, b2=c.b2, eps=c.eps, clip=c.clip_norm)
 
 
-def candidates(config: Config) -> int:
+def candidates(config: Config, on: str | None = None) -> int:
   """Candidates a row that sparse codes have room for, on one device; 0 where
-  the dense rule is chosen.
+  the dense rule is chosen. on: the platform, that of the mesh by default.
 
   train.codes='auto' compares what both move or compute: docs/performance.md.
   """
   c, F = config.train, config.sae.latents
   k = config.act.k
   if config.act.name == 'jumprelu':
-    k = config.loss.target_l0 or 64
+    k = config.loss.target_l0 or ACTIVE
   most = c.budget or (k if config.act.name == 'topk' else 4 * k)
   most = min(max(math.ceil(most / config.mesh.dict), 1), F)
-  crossover = DENSE_FROM.get(platform(), DENSE_FROM['default'])
+  crossover = DENSE_FROM.get(on or platform(), DENSE_FROM['default'])
   if c.codes == 'dense' or (c.codes == 'auto' and k * crossover > F):
     return 0
   return most

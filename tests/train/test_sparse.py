@@ -132,7 +132,7 @@ def test_moments_of_untouched_rows_are_decayed_when_a_mesh_updates_all():
 
 
 def test_a_batch_that_is_not_made_of_whole_chunks(monkeypatch):
-  monkeypatch.setattr(codes, '_chunk_rows', lambda rows, latents: 5)
+  monkeypatch.setattr(codes, 'chunk_rows', lambda rows, latents: 5)
   for name in ('jumprelu', 'topk_aux', 'batchtopk'):
     with jax.set_mesh(make_mesh(1, 1)):
       expected = _run(_case(name, 'dense'), 20)
