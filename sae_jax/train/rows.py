@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.parallel import processes
 from sae_jax.parallel.mesh import DATA
 from sae_jax.parallel.mesh import P as Spec
 from sae_jax.store import reader
@@ -22,6 +24,7 @@ from sae_jax.train import growing
 from sae_jax.train.progress import Progress
 
 AHEAD = 2  # batches that lie on the devices before their step
+LARGE = 1e4  # |number| of a row beyond which bfloat16 deserves a word
 
 
 def open_source(
@@ -50,6 +53,26 @@ def open_source(
     )
   growing.check(config, source, source.manifest)
   return source
+
+
+def warn_of_size(config: Config, source: BatchSource) -> None:
+  """One line when rows are large for products in bfloat16.
+
+  The normaliser shards must be there (UserError).
+  """
+  c, site = config.train, source.site.name
+  if c.compute_dtype != 'bfloat16' or not processes.is_first():
+    return
+  found = reader.sizes(source.root, site)
+  if found.largest > LARGE:
+    logging.warning(
+      'config.train.compute_dtype=bfloat16: numbers of %s in %s reach %s%.3g '
+      '(largest mean of a column %.3g, root mean square of all %.3g), and each '
+      'is rounded by up to 1/256 of itself: compare eval/fvu with a run in '
+      'float32',
+      site, source.root, '' if found.exact else 'at least ', found.largest,
+      found.mean, found.rms,
+    )  # fmt: skip
 
 
 def held_out_rows(config: Config) -> jax.Array | None:
