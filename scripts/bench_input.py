@@ -51,9 +51,7 @@ def write(root: Path, dtype: np.dtype) -> None:
   for at in range(0, len(rows), SHARD):
     part = rows[at : at + SHARD]
     part[:] = rng.standard_normal(part.shape, np.float32)
-  write_arrays(
-    root, {SITE: rows}, rows_per_shard=SHARD, rows_per_block=BLOCK
-  )
+  write_arrays(root, {SITE: rows}, rows_per_shard=SHARD, rows_per_block=BLOCK)
 
 
 def forget(root: Path) -> None:

@@ -15,18 +15,18 @@ from pathlib import Path
 from absl import flags
 
 from sae_jax import cli
+from sae_jax.errors import UserError
 from sae_jax.store.manifest import local_root, read_manifest
 from sae_jax.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ('float32', 'bfloat16')
-_STORE = flags.DEFINE_string('store', None, 'An activation store.')
+_STORE = flags.DEFINE_string('store', '', 'An activation store.')
 _SITE = flags.DEFINE_string('site', 'layer_9.resid_post', 'Of the store.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs of each recipe and type.', 1)
 _STEPS = flags.DEFINE_integer('steps', 150, 'Of each run.', 20)
 _BATCH = flags.DEFINE_integer('batch', 2048, 'Rows of a step.', 1)
 _LATENTS = flags.DEFINE_integer('latents', 4096, 'F.', 32)
-flags.mark_flag_as_required('store')
 
 
 def main() -> None:
@@ -34,6 +34,8 @@ def main() -> None:
   import jumprelu  # type: ignore[import]
   import topk  # type: ignore[import]
 
+  if not _STORE.value:
+    raise UserError('--store: give the folder of an activation store')
   store = local_root(_STORE.value)
   width = read_manifest(store).site(_SITE.value).width
   found: dict[tuple[str, str], list[float]] = {}

@@ -54,11 +54,14 @@ def merge(a: Moments, b: Moments) -> Moments:
   """Moments of both sets of rows (Chan, Golub, LeVeque 1979, eq. 2.1)."""
   n = a.n + b.n
   delta = b.mean - a.mean
+  most = None
+  if a.max_abs is not None and b.max_abs is not None:
+    most = max(a.max_abs, b.max_abs)
   return Moments(
     n,
     a.mean + delta * (b.n / n),
     a.m2 + b.m2 + np.square(delta) * (a.n * b.n / n),
-    None if None in (a.max_abs, b.max_abs) else max(a.max_abs, b.max_abs),
+    most,
   )
 
 

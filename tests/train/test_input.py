@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_growing import BATCH, SHARD, begin
 from test_growing import SITE as GROWING
 from train_runs import ROOT, SITE, D, planted_rows
@@ -71,7 +73,7 @@ def test_batches_in_order_and_two_ahead(store, mesh):
   for i in range(6):
     x = ahead.next()
     np.testing.assert_array_equal(x, source[i])
-    assert x.sharding.mesh == mesh and x.sharding.spec[0] == 'data'
+    assert x.sharding == NamedSharding(mesh, P('data', None))
     assert settled(host, i + 1 + rows.AHEAD)
   del x
   before = sum(a.nbytes for a in jax.live_arrays())
