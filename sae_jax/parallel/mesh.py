@@ -72,6 +72,13 @@ def rows_spec(x: jax.Array) -> P | None:
   return P(*axes, None)
 
 
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the code under trace is compiled for."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def manual(axis: str) -> bool:
   """Whether code runs inside a shard_map over that axis of the mesh."""
   return axis in jax.sharding.get_abstract_mesh().manual_axes
@@ -85,13 +92,14 @@ def sum_latents(x: jax.Array) -> jax.Array:
 def mean_rows(x: jax.Array) -> jax.Array:
   """The mean over all rows of the batch of x [B@data, ...]."""
   mean = x.mean(0)
-  return jax.lax.pmean(mean, DATA) if manual(DATA) else mean
+  return jax.lax.pmean(mean, DATA) if DATA in varying(mean) else mean
 
 
 def varying(x: Any) -> frozenset[str]:
   """The axes along which x has values of each device's own, in manual mode."""
   a = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-  return a.manual_axis_type.varying
+  kind = a.manual_axis_type
+  return frozenset() if kind is None else kind.varying
 
 
 def vary(x: jax.Array, *axes: str) -> jax.Array:
@@ -101,6 +109,11 @@ def vary(x: jax.Array, *axes: str) -> jax.Array:
   """
   missing = tuple(a for a in axes if manual(a) and a not in varying(x))
   return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+
+def vary_like(*arrays: Any) -> tuple[str, ...]:
+  """The axes along which at least one of the arrays varies."""
+  return tuple(sorted(frozenset().union(*map(varying, arrays))))
 
 
 def split_latents(tree: Any, over_data: bool) -> Any:

@@ -15,6 +15,7 @@ from sae_jax.models import objectives
 from sae_jax.models.objectives import Penalty, Terms
 from sae_jax.models.sae import SAE, Norm
 from sae_jax.parallel.mesh import DATA, DICT, latent_specs, vary, varying
+from sae_jax.train import sparse
 
 
 def gradients(
@@ -28,6 +29,7 @@ def gradients(
   micro_batches: int,
   dtype: jax.typing.DTypeLike,
   scatter: bool,
+  budget: int,
 ) -> tuple[jax.Array, Terms, SAE]:
   """(loss [], its terms, gradients like params) of raw rows x [B@data, D].
 
@@ -37,6 +39,7 @@ def gradients(
   quadratic L0 penalty, a batch's selection) is taken within a part.
 
   scatter: gradients with latents come split over `data` too, [F@(dict, data)].
+  budget: above 0, through sparse codes with room for so many candidates a row.
   """
 
   def local(params, norm, x, penalties, dead, ramp):
@@ -45,12 +48,16 @@ def gradients(
 
     def part(x):
       n = norm(x)
+      if budget and sparse.works(params.act, penalties):
+        return sparse.gradients(
+          params, n, penalties, dead, ramp, budget=budget, dtype=dtype
+        )
       (loss, terms), grads = jax.value_and_grad(objectives.loss, has_aux=True)(
         params, n, n, penalties, dead=dead, ramp=ramp, dtype=dtype
       )
       return loss, terms, grads
 
-    loss, terms, grads = _mean(part, x, micro_batches)
+    loss, terms, grads = sparse.mean_of_parts(part, x, micro_batches)
     if jax.sharding.get_abstract_mesh().empty:
       return loss, terms, grads
     terms = jax.tree.map(over_rows, terms)
@@ -68,23 +75,7 @@ def gradients(
 
   if jax.sharding.get_abstract_mesh().empty:
     return local(params, norm, x, penalties, dead, ramp)
-  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P())  # type: ignore
+  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
   return jax.shard_map(
     local, out_specs=(P(), each, latent_specs(params, scatter))
   )(params, norm, x, penalties, dead, ramp)
-
-
-def _mean(part, x, parts):
-  """The mean of part(x_j) over `parts` parts of the rows; any of booleans."""
-  if parts == 1:
-    return part(x)
-  x = x.reshape(-1, parts, x.shape[-1])
-  take = lambda j: part(jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False))
-  zero = jax.tree.map(_zero, jax.eval_shape(take, 0))
-  add = lambda total, j: (jax.tree.map(jnp.add, total, take(j)), None)
-  total, _ = jax.lax.scan(add, zero, jnp.arange(parts))
-  return jax.tree.map(lambda a: a if a.dtype == bool else a / parts, total)
-
-
-def _zero(like):
-  return vary(jnp.zeros(like.shape, like.dtype), *varying(like))

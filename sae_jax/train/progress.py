@@ -65,7 +65,7 @@ class Progress:
     self._bar.update(self._batch)
     if step % self._every and step not in (1, self._last):
       return
-    values |= self._speed.read(step, self.waited, values['train/dead'] > 0)
+    values |= self._speed.read(step, self.waited, values)
     values |= self.also()
     self.waited = 0.0
     self.write(step, values)
@@ -98,18 +98,17 @@ class Speed:
   """Rows per second and utilisation between two logged steps."""
 
   def __init__(self, config: Config):
-    c, self._rows = config.sae, config.train.batch_rows
-    flops = lambda aux: perf.step_flops(self._rows, c.d_in, c.latents, aux=aux)
-    auxk = config.act.name != 'jumprelu' and config.loss.aux_coef > 0
-    self._flops = {False: flops(False), True: flops(auxk)}
+    self._rows, self._config = config.train.batch_rows, config
     virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
     devices = 1 if virtual else config.mesh.data * config.mesh.dict
     self._peak = perf.peak_tflops() * devices * 1e12
     self._step, self._time = -1, 0.0
 
-  def read(self, step: int, waited: float, dead: bool) -> dict[str, float]:
+  def read(
+    self, step: int, waited: float, values: dict[str, float]
+  ) -> dict[str, float]:
     """Figures of the steps since the last call; none at the first call,
-    whose time is mostly compilation. `dead`: whether AuxK had work to do."""
+    whose time is mostly compilation. `values`: the step's metrics."""
     now = time.perf_counter()
     seconds, steps = now - self._time, step - self._step
     first = self._step < 0
@@ -117,11 +116,24 @@ class Speed:
     if first or not steps:
       return {}
     rate = steps / seconds
+    flops = self._flops(values)
     return {
       'perf/rows_per_s': rate * self._rows,
       'perf/step_ms': 1e3 / rate,
       'perf/wait_ms': 1e3 * waited / steps,
       'perf/wait_share': waited / seconds,
-      'perf/mfu': rate * self._flops[dead]['published'] / self._peak,
-      'perf/mfu_executed': rate * self._flops[dead]['executed'] / self._peak,
+      'perf/mfu': rate * flops['published'] / self._peak,
+      'perf/mfu_executed': rate * flops['executed'] / self._peak,
     }
+
+  def _flops(self, values: dict[str, float]) -> dict[str, float]:
+    """FLOPs of a step with these metrics: AuxK has no work while none is dead,
+    a sparse step touches the active latents only."""
+    c = self._config
+    aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
+    aux = aux and values['train/dead'] > 0
+    active = 0 if values['train/dense'] else values['train/l0']
+    active += aux * c.loss.aux_k if active else 0
+    return perf.step_flops(
+      self._rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
+    )
