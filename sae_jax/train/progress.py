@@ -121,6 +121,7 @@ class Speed:
       'perf/rows_per_s': rate * self._rows,
       'perf/step_ms': 1e3 / rate,
       'perf/wait_ms': 1e3 * waited / steps,
+      'perf/wait_share': waited / seconds,
       'perf/mfu': rate * flops['published'] / self._peak,
       'perf/mfu_executed': rate * flops['executed'] / self._peak,
     }
