@@ -123,16 +123,18 @@ def make_environment(folder: Path, name: str) -> None:
 
 def installed(python: Path, wanted: list[str]) -> list[str]:
   """What an environment has of these packages, '' for what it has not."""
-  names = [x.split('==')[0] for x in wanted]
-  ask = (
-    'import importlib.metadata as m, json\n'
-    'has = {d.name.lower().replace("_", "-"): d.version for d in m.distributions()}\n'
-    f'print(json.dumps([has.get(n) and n + "==" + has[n] for n in {names}]))'
-  )
   if not python.exists():
     return [''] * len(wanted)
-  done = subprocess.run([python, '-c', ask], stdout=subprocess.PIPE, check=True)
-  return json.loads(done.stdout)
+  ask = (
+    'import importlib.metadata as m\n'
+    'for d in m.distributions(): print(d.name + "==" + d.version)'
+  )
+  done = subprocess.run(
+    [python, '-c', ask], stdout=subprocess.PIPE, text=True, check=True
+  )
+  lines = done.stdout.lower().replace('_', '-').splitlines()
+  has = {line.split('==')[0]: line for line in lines}
+  return [has.get(x.split('==')[0], '') for x in wanted]
 
 
 # --- Runs ---------------------------------------------------------------------
