@@ -207,8 +207,9 @@ class Bounds:
     self.a, self.times = a, {}
     self.dtype = jnp.dtype(a.compute_dtype)
     self.pool = concurrent.futures.ThreadPoolExecutor(a.threads)
-    source = np.ones((a.threads, COPY // a.threads), np.uint8)
-    self.copies = list(zip(np.zeros_like(source), source, strict=True))
+    # Written here: resident before the state is.
+    pair = np.ones((2, a.threads, COPY // a.threads), np.uint8)
+    self.copies = list(zip(*pair, strict=True))
     rows = math.gcd(CHUNK, a.batch)
 
     def whole(x, W):
