@@ -44,6 +44,7 @@ from sae_jax.train.step import make_step
 NORM_ROWS = 2**18  # of which mean and scale are taken, at most
 CHUNK = 512  # rows of a product that is not kept
 KEPT = 2**32  # bytes of [B, F] up to which the whole product is measured
+AT_ONCE = 2**25  # pre-activations that `calibrated` looks at
 COPY = 2**28  # bytes of the array that is copied: beyond any cache
 
 
@@ -153,7 +154,7 @@ def calibrated(config: Config, norm: Norm, x: np.ndarray, share: float) -> None:
   F, k = config.sae.latents, config.act.k
   sae = jax.jit(lambda norm: init_state(config, norm).sae)(norm)
   pre = jax.jit(lambda sae, x: sae.pre(sae.norm_in(x)))
-  size = max(2**25 // F, 1)  # [size, F] of 128 MiB
+  size = max(AT_ONCE // F, 1)
   highest = np.zeros(0, np.float32)  # so far
   for first in range(0, len(x), size):
     part = x[first : first + size]

@@ -7,14 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 sys.path.insert(0, str(SCRIPTS))
+import bench_step  # noqa: E402
 import bench_vs_peers  # noqa: E402
 import step_clock  # noqa: E402
 from step_clock import Rows, Side  # noqa: E402
+
+from sae_jax.parallel.mesh import make_mesh  # noqa: E402
+from sae_jax.train.config import base_config  # noqa: E402
+from sae_jax.train.state import init_state  # noqa: E402
 
 TINY = ('--d=16', '--latents=128', '--k=4', '--batch=32', '--steps=2')
 
@@ -67,6 +73,24 @@ def test_one_line_of_json_jumprelu_at_its_l0(tmp_path):
   assert found['steps'] == 3 and found['rows_per_s'] > 0
   assert found['copy_gb_per_s'] > 0 and found['ratio'] > 0
   assert 0 < found['fvu'] < 10
+
+
+def test_thresholds_are_a_quantile_of_the_whole_batch(monkeypatch):
+  monkeypatch.setattr(bench_step, 'AT_ONCE', 5 * 128)  # 5 rows of 32 at once
+  config = base_config()
+  config.sae.d_in, config.sae.latents, config.act.k = 16, 128, 4
+  x = step_clock.planted_rows(32, 16)
+  norm = bench_step.norm_of(Rows(x, 32))
+  with jax.set_mesh(make_mesh(1, 1)):
+    bench_step.calibrated(config, norm, x, 0.1)
+    sae = jax.jit(lambda norm: init_state(config, norm).sae)(norm)
+    z = np.asarray(sae.pre(sae.norm_in(x)))
+  n = np.asarray(norm(x))
+  assert np.square(n).sum() / 32 == pytest.approx(1, rel=1e-4)
+  assert np.abs(n.mean(0)).max() < 1e-5
+  theta = config.act.theta
+  assert 4 * 32 - 2 <= (z > theta).sum() <= 4 * 32  # rounding of z
+  assert config.act.bandwidth == pytest.approx(0.1 * theta)
 
 
 def test_a_mistake_in_the_config_is_one_line():
