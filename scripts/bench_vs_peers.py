@@ -202,7 +202,8 @@ def reason(code: int, stderr: str) -> str:
   lines = [line.strip() for line in stderr.splitlines() if line.strip()]
   errors = [x for x in lines if re.match(r'[\w.]*(Error|Exception|error)\b', x)]
   last = (errors or lines or ['nothing on stderr'])[-1]
-  return f'exit code {code}: {last[:200]}'
+  noted = [f' ({x})' for x in lines[-1:] if x.startswith('during ')]
+  return f'exit code {code}: {last[:200]}{"".join(noted)}'
 
 
 # --- Reporting ----------------------------------------------------------------

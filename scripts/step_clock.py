@@ -9,7 +9,7 @@ import ctypes
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,19 +157,22 @@ def run(
     ctypes.CDLL(None).malloc_trim(0)
   before = memory('VmRSS')
   reset_peak()
-  side = start()
+  with during('making the state'):
+    side = start()
   made, peak, times = memory('VmHWM'), 0, []
   for i in range(a.skip + a.steps):
     x = side.put(batch(a, rows, i))
     reset_peak()
     began = time.perf_counter()
-    side.step(i, x)
+    with during(f'step {i}'):
+      side.step(i, x)
     times.append(time.perf_counter() - began)
     peak = max(peak, memory('VmHWM'))
     after(i, x)
     del x
   timed = times[a.skip :]
-  fvu, l0 = held_out(rows, side, a.latents)
+  with during('evaluating'):
+    fvu, l0 = held_out(rows, side, a.latents)
   return {
     'activation': a.activation, 'd': a.d, 'latents': a.latents, 'k': a.k,
     'batch': a.batch, 'threads': a.threads, 'steps': a.skip + a.steps,
@@ -181,6 +184,17 @@ def run(
     'init_peak_mib': round((made - before) / MIB),
     'malloc': os.environ.get('GLIBC_TUNABLES', ''),
   }  # fmt: skip
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+  """An error in here says last what was going on."""
+  try:
+    yield
+  except Exception as error:
+    most = memory('VmHWM') / 2**30
+    error.add_note(f'during {what}, at most {most:.1f} GiB resident')
+    raise
 
 
 def median(values: list[float]) -> float:

@@ -126,11 +126,17 @@ def test_a_peer_that_fails_is_a_line_of_the_table():
   ours = of(mkl=False, peer='sae_jax', version='1', **figures)
   theirs = {'peer': 'sparsify', 'version': '9', 'torch': '2', **figures}
   slower = of(mkl=False) | theirs | {'step_ms': 25.0}
-  why = bench_vs_peers.reason(1, 'Traceback\nRuntimeError: no room\n  stack\n')
+  with pytest.raises(MemoryError) as caught, step_clock.during('step 3'):
+    raise MemoryError
+  (note,) = caught.value.__notes__
+  ended = f'Traceback\nRuntimeError: no room\n  stack\n{note}\n'
+  why = bench_vs_peers.reason(1, ended)
   failed = of(mkl=True, peer='sparsify', failed=why)
   lines = bench_vs_peers.table([ours, slower, ours | {'mkl': True}, failed])
   assert lines[2].startswith('| w | sparsify 9 | 2 | 10 | 25 | 2.50 | - | - |')
-  assert lines[3:] == ['| w | sparsify: exit code 1: RuntimeError: no room |']
+  (line,) = lines[3:]
+  said = 'sparsify: exit code 1: RuntimeError: no room (during step 3, at most'
+  assert line.startswith(f'| w | {said} ')
 
 
 def test_a_process_that_cannot_have_its_memory_is_recorded():
