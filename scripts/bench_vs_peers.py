@@ -62,7 +62,7 @@ def main() -> None:
   p.add_argument('--mkl', action=argparse.BooleanOptionalAction, default=True)
   p.add_argument(
     '--memory_limit_gib', type=float, default=SHARE * memory_gib(),
-    help=f'of a process; default: {SHARE:.0%} of the memory',
+    help=f'of a process; default: {100 * SHARE:.0f} %% of the memory',
   )  # fmt: skip
   p.add_argument('--timeout', type=float, default=3600, help='s of a process')
   a = p.parse_args()

@@ -9,8 +9,6 @@ from sae_jax.models import codes
 from sae_jax.parallel.mesh import DATA, make_mesh, spec
 from sae_jax.train import state, step
 
-pytestmark = pytest.mark.smoke
-
 CASES = [
   'jumprelu', 'jumprelu_quadratic', 'jumprelu_log', 'topk', 'topk_aux',
   'batchtopk', 'batchtopk_aux',
