@@ -14,7 +14,14 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.models import objectives
 from sae_jax.models.objectives import Penalty, Terms
 from sae_jax.models.sae import SAE, Norm
-from sae_jax.parallel.mesh import DATA, DICT, latent_specs, vary, varying
+from sae_jax.parallel.mesh import (
+  DATA,
+  DICT,
+  latent_specs,
+  specs_of,
+  vary,
+  varying,
+)
 
 
 def gradients(
@@ -69,9 +76,13 @@ def gradients(
   if jax.sharding.get_abstract_mesh().empty:
     return local(params, norm, x, penalties, dead, ramp)
   each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P())  # type: ignore
+  arrays = (params, norm, x, penalties, dead, ramp)
   return jax.shard_map(
-    local, out_specs=(P(), each, latent_specs(params, scatter))
-  )(params, norm, x, penalties, dead, ramp)
+    local,
+    in_specs=specs_of(arrays),  # JAX 0.10 must be told within another one
+    out_specs=(P(), each, latent_specs(params, scatter)),
+    axis_names={DATA, DICT},
+  )(*arrays)
 
 
 def _mean(part, x, parts):
