@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.parallel.mesh import DATA, DICT, MEMBER, check_divides
+from sae_jax.parallel.mesh import DATA, DICT, check_divides
 from sae_jax.parallel.select import MOST_SELECTED
 from sae_jax.train.step import SATURATED
 
@@ -159,7 +159,7 @@ def plain_members(config: Config) -> Config:
   """The same config, its members as dicts of dotted keys: fit for JSON."""
   if not config.members:
     return config
-  plain = ConfigDict(config.to_dict() | {'members': ()})
+  plain: Config = ConfigDict(config.to_dict() | {'members': ()})
   plain.members = tuple(map(_overrides, config.members))
   return plain
 
@@ -187,7 +187,7 @@ def stream_seed(config: Config) -> int:
 
 
 def _merged(config: Config, i: int) -> Config:
-  merged = ConfigDict(config.to_dict() | {'members': ()})
+  merged: Config = ConfigDict(config.to_dict() | {'members': ()})
   merged.mesh.member = 1
   flat, what = flatten(merged.to_dict()), f'config.members[{i}]'
   for key, value in _overrides(config.members[i]).items():

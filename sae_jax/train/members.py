@@ -25,8 +25,8 @@ from sae_jax.train import step
 from sae_jax.train.config import member_configs, member_name, stacks
 from sae_jax.train.state import State, init_state
 
-# Of a plain run its State, of a job with members a stack for each step.
-States: TypeAlias = State | list[State]
+# A State of a plain run; of a job with members a list, a stack for each step.
+States: TypeAlias = Any
 
 
 class Member(NamedTuple):
@@ -57,8 +57,13 @@ def members_of(config: Config, folder: Path) -> list[Member]:
   return [Member(name, folder / 'members' / name, c) for name, c in configs]
 
 
-def make_job(config: Config, folder: Path) -> Job:
-  """What `config` asks for, under the current mesh."""
+def make_job(
+  config: Config, folder: Path, plain_step: Callable[[Config], Any]
+) -> Job:
+  """What `config` asks for, under the current mesh.
+
+  plain_step: makes the step of a plain run (`step.make_step`).
+  """
   members = members_of(config, folder)
   if config.members:
     return _stacked(members)
@@ -66,15 +71,16 @@ def make_job(config: Config, folder: Path) -> Job:
     members,
     join=lambda states: next(states),
     part=lambda state, i: state,
-    step=step.make_step(config),
+    step=plain_step(config),
     split=lambda metrics: [metrics],
     evaluate=lambda state, x: [step.evaluate(state, x)],
   )
 
 
-def initial(member: Member, norm: Norm) -> State:
-  """A member's state before its first step."""
-  return jax.jit(lambda norm: init_state(member.config, norm))(norm)
+def initial(member: Member, mean: Any, scale: Any) -> State:
+  """A member's state before its first step; for the normaliser see `Norm`."""
+  make = lambda mean, scale: init_state(member.config, Norm(mean, scale))
+  return jax.jit(make)(mean, scale)
 
 
 def _stacked(members: list[Member]) -> Job:
