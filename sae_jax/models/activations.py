@@ -94,6 +94,12 @@ class JumpReLU(struct.PyTreeNode):
     """Active latents of each row [...], differentiable in theta alone."""
     return sum_latents(step(z, self.theta, self.bandwidth).sum(-1))
 
+  def at(self, index: jax.Array) -> 'JumpReLU':
+    """The thresholds of latents `index`; one that is none never fires."""
+    none = 69.0 if self.log else 1e30
+    param = self.param.at[index].get(mode='fill', fill_value=none)
+    return self.replace(param=param)
+
   def scale(self, c: jax.Array) -> 'JumpReLU':
     param = self.param + jnp.log(c) if self.log else self.param * c
     return self.replace(param=param, bandwidth=self.bandwidth * c)
@@ -150,6 +156,19 @@ def in_training(act: Activation, z: jax.Array) -> jax.Array:
     return act(z)
   mask = select.batch_top_k_mask(z, act.k)
   return jnp.where(mask, jax.nn.relu(z), 0)
+
+
+def of_candidates(act: Activation, z: jax.Array, index: jax.Array) -> jax.Array:
+  """Latents of candidates with pre-activations z of latents `index`, of one
+  shape; those of TopK and BatchTopK have been selected."""
+  if not isinstance(act, JumpReLU):
+    return jax.nn.relu(z)
+  return act.at(index)(z)
+
+
+def floor(act: JumpReLU) -> jax.Array:
+  """[F]: neither loss nor gradient see pre-activations that are not above."""
+  return act.theta - act.bandwidth / 2
 
 
 def observe(act: Activation, f: jax.Array) -> jax.Array:

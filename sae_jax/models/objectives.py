@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sae_jax.models import activations
+from sae_jax.models import activations, codes
 from sae_jax.models.activations import JumpReLU
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
@@ -31,6 +31,7 @@ class Terms(NamedTuple):
   penalty: jax.Array  # loss - mse
   fired: jax.Array  # [F@dict] bool: active in at least one row
   seen: jax.Array  # [] what the activation's `update` wants to know
+  dense: jax.Array  # 0 where only the candidates were looked at, else 1
 
   @property
   def fvu(self) -> jax.Array:
@@ -41,7 +42,7 @@ class Terms(NamedTuple):
 class Batch(NamedTuple):
   """One batch's intermediate values, as the penalties see them."""
 
-  z: jax.Array  # [B@data, F@dict] pre-activations
+  l0: jax.Array | None  # [] JumpReLU's, differentiable in theta
   error: jax.Array  # [B@data, E] t - t_hat
   e_hat: jax.Array | None  # [B@data, E] what AuxK's latents make of the error
   dead: jax.Array  # [F@dict] bool
@@ -60,13 +61,21 @@ class L0Penalty(struct.PyTreeNode):
   target: jax.Array  # [] active latents; read by the quadratic form only
   quadratic: bool = struct.field(pytree_node=False)
 
-  def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
-    if not isinstance(sae.act, JumpReLU):
-      raise TypeError(f'{type(sae.act).__name__} has no gradient of its L0')
-    l0 = mean_rows(sae.act.l0(batch.z))
+  def __call__(self, batch: Batch) -> jax.Array:
+    if batch.l0 is None:
+      raise TypeError('this activation has no gradient of its L0')
+    return self.of(batch.l0, batch.ramp)
+
+  def of(self, l0: jax.Array, ramp: jax.Array) -> jax.Array:
+    """The penalty of a batch with that mean L0."""
     if self.quadratic:
       l0 = (l0 - self.target) ** 2 / (2 * self.target)
-    return batch.ramp * self.coef * l0
+    return ramp * self.coef * l0
+
+  def tangent(self, l0: jax.Array) -> 'L0Penalty':
+    """The linear penalty with the same slope at that mean L0."""
+    coef = self.coef * (l0 / self.target - 1) if self.quadratic else self.coef
+    return self.replace(coef=coef, quadratic=False)
 
 
 class AuxK(struct.PyTreeNode):
@@ -87,8 +96,7 @@ class AuxK(struct.PyTreeNode):
     mask = select.top_k_mask(best, self.k) & dead
     return jnp.where(mask, jax.nn.relu(z), 0)
 
-  def __call__(self, sae: SAE, batch: Batch) -> jax.Array:
-    del sae
+  def __call__(self, batch: Batch) -> jax.Array:
     assert batch.e_hat is not None
     e = jax.lax.stop_gradient(batch.error)
     ratio = _squared(e - batch.e_hat) / _squared(e - mean_rows(e))
@@ -120,19 +128,77 @@ def loss(
   f = activations.in_training(sae.act, z) if training else sae.act(z)
   extra = [p.latents(z, dead) for p in penalties if isinstance(p, AuxK)]
   made, *e_hat = sae.contributions(f, *extra, dtype=dtype)
-  error = t - (made + sae.b_dec)
-  mse = _squared(error)
-  batch = Batch(z, error, e_hat[0] if e_hat else None, dead, ramp)
-  penalty = sum((p(sae, batch) for p in penalties), jnp.zeros_like(mse))
+  l0 = mean_rows(sae.act.l0(z)) if isinstance(sae.act, JumpReLU) else None
+  batch = Batch(
+    l0, t - (made + sae.b_dec), e_hat[0] if e_hat else None, dead, ramp
+  )
   active = jax.lax.stop_gradient(f) != 0
+  count = sum_latents(active.sum(-1, dtype=t.dtype).mean())
+  seen = activations.observe(sae.act, f)
+  return _loss(batch, penalties, t, count, active.any(0), seen, 1.0)
+
+
+class Variables(NamedTuple):
+  """What the loss of a sparse code is differentiated by: the gradients of the
+  weights are sums of products of these (`codes.Entries`)."""
+
+  act: activations.Activation
+  z: jax.Array  # of the candidates
+  made: jax.Array  # [B@data, E] zeros: the cotangent of the reconstruction
+  z_aux: jax.Array | None  # the same of AuxK's latents
+  made_aux: jax.Array | None
+
+
+def loss_of_codes(
+  v: Variables,
+  sae: SAE,
+  code: codes.Codes,
+  aux: codes.Rows | None,
+  t: jax.Array,
+  penalties: tuple[Penalty, ...],
+  *,
+  dead: jax.Array,
+  ramp: jax.Array,
+) -> tuple[jax.Array, Terms]:
+  """The same as `loss` where nothing outside the candidates counts.
+
+  Inside shard_map or without a mesh. `code`: selected candidates, `aux`:
+  AuxK's; their z are those of `v`. The weights get no gradient here.
+  """
+  B, W = len(t), jax.lax.stop_gradient(sae.W_dec)
+  f = activations.of_candidates(v.act, v.z, code.index)
+  parts = [codes.decode(code, f, W, B)]
+  if aux is not None:
+    assert v.z_aux is not None
+    parts.append(codes.decode(aux, jax.nn.relu(v.z_aux), W, B))
+  made, *e_hat = sum_latents(jnp.stack(parts))
+  l0 = None
+  if isinstance(v.act, JumpReLU):
+    act = v.act.at(code.index)
+    l0 = activations.step(v.z, act.theta, act.bandwidth).sum() / B
+    l0 = sum_latents(mean_rows(l0[None]))
+  error = t - (made + v.made + sae.b_dec)
+  batch = Batch(l0, error, e_hat[0] + v.made_aux if e_hat else None, dead, ramp)
+  active = jax.lax.stop_gradient(f) != 0
+  count = sum_latents(active.sum(dtype=t.dtype) / B)
+  fired = jnp.zeros_like(sae.b_enc, bool)
+  fired = fired.at[code.index].max(active, mode='drop')
+  seen = activations.observe(sae.act, f)
+  return _loss(batch, penalties, t, count, fired, seen, 0.0)
+
+
+def _loss(batch: Batch, penalties, t, l0, fired, seen, dense):
+  mse = _squared(batch.error)
+  penalty = sum((p(batch) for p in penalties), jnp.zeros_like(mse))
   terms = Terms(
     mse=mse,
     power=jnp.square(t).sum(-1).mean(),
     mean=t.mean(0),
-    l0=sum_latents(active.sum(-1, dtype=mse.dtype).mean()),
+    l0=l0,
     penalty=penalty,
-    fired=active.any(0),
-    seen=activations.observe(sae.act, f),
+    fired=fired,
+    seen=seen,
+    dense=jnp.full_like(mse, dense),
   )
   return mse + penalty, terms
 

@@ -8,7 +8,7 @@ without a mesh: a model is written once.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,9 +81,26 @@ def rows_spec(x: jax.Array) -> P | None:
   return P(*axes, None)
 
 
-def specs_of(tree: Any) -> Any:
-  """The specs of a tree's arrays, under a mesh."""
-  return jax.tree.map(lambda a: P(*jax.typeof(a).sharding.spec), tree)
+def on_each_device(f: Callable, out_specs: Any) -> Callable:
+  """shard_map over `data` and `dict`: f of each device's part of the arrays.
+
+  Also within a shard_map over `member`: there JAX 0.10 asks for in_specs.
+  """
+
+  def call(*arrays):
+    specs = jax.tree.map(lambda a: P(*jax.typeof(a).sharding.spec), arrays)
+    return jax.shard_map(
+      f, in_specs=specs, out_specs=out_specs, axis_names={DATA, DICT}
+    )(*arrays)
+
+  return call
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the code under trace is compiled for."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def manual(axis: str) -> bool:
@@ -99,13 +116,14 @@ def sum_latents(x: jax.Array) -> jax.Array:
 def mean_rows(x: jax.Array) -> jax.Array:
   """The mean over all rows of the batch of x [B@data, ...]."""
   mean = x.mean(0)
-  return jax.lax.pmean(mean, DATA) if manual(DATA) else mean
+  return jax.lax.pmean(mean, DATA) if DATA in varying(mean) else mean
 
 
 def varying(x: Any) -> frozenset[str]:
   """The axes along which x has values of each device's own, in manual mode."""
   a = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-  return a.manual_axis_type.varying
+  kind = a.manual_axis_type
+  return frozenset() if kind is None else kind.varying
 
 
 def vary(x: jax.Array, *axes: str) -> jax.Array:
@@ -115,6 +133,11 @@ def vary(x: jax.Array, *axes: str) -> jax.Array:
   """
   missing = tuple(a for a in axes if manual(a) and a not in varying(x))
   return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+
+def vary_like(*arrays: Any) -> tuple[str, ...]:
+  """The axes along which at least one of the arrays varies."""
+  return tuple(sorted(frozenset().union(*map(varying, arrays))))
 
 
 def split_latents(tree: Any, over_data: bool) -> Any:

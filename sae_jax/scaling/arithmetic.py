@@ -6,10 +6,12 @@ What must exist and must move; a compiler may need more, hardly less.
 from typing import NamedTuple
 
 from sae_jax.config import Config
+from sae_jax.models.codes import chunk_rows
 from sae_jax.parallel import select
 from sae_jax.parallel.collectives import Collective
 from sae_jax.parallel.mesh import DATA, DICT
 from sae_jax.scaling.costs import Kernel
+from sae_jax.train.state import ACTIVE, candidates, updates_in_place
 
 
 class Memory(NamedTuple):
@@ -46,9 +48,23 @@ def memory(config: Config, number_bytes: int = 2) -> Memory:
   copies = (2 if config.optim.b1 else 1) + (1 if config.optim.ema else 0)
   split = data if config.mesh.zero1 else 1
   aux, width = has_aux(config), _width(config)
+  optimiser = copies * parameters // split
+  room = candidates(config, 'accelerator')
+  if room:  # sparse codes: z of a chunk, lists of candidates in four arrays
+    lists = 4 * 4 * b * (room + aux * config.loss.aux_k)
+    in_place = updates_in_place(config)
+    return Memory(
+      parameters=parameters,
+      optimiser=optimiser + (0 if config.optim.b1 else 4 * latents),
+      gradients=0 if in_place else parameters,
+      batch=number_bytes * rows * D,
+      activations=4 * chunk_rows(b, latents) * latents
+      + lists
+      + (2 + aux) * 4 * b * D,
+    )
   return Memory(
     parameters=parameters,
-    optimiser=copies * parameters // split,
+    optimiser=optimiser,
     gradients=parameters,
     batch=number_bytes * rows * D,
     activations=b * latents * (4 + (2 + aux) * width) + (2 + aux) * 4 * b * D,
@@ -76,6 +92,8 @@ def work(config: Config) -> list[tuple[Kernel, int]]:
   m = config.train.micro_batches
   b, latents = config.train.batch_rows // data // m, config.sae.latents // dict_
   weights, width = 4 * latents * D, _width(config)
+  if room := candidates(config, 'accelerator'):
+    return _sparse_work(config, b, latents, min(active(config), room))
   flops, codes, rows = 2 * b * latents * D, b * latents, b * D * width
   read = Kernel(flops, weights + rows + codes * (4 + width))
   # A gradient is read and written again for every micro-batch but the first.
@@ -87,6 +105,31 @@ def work(config: Config) -> list[tuple[Kernel, int]]:
   update = Kernel(0, 2 * weights * (3 + 2 * moments) // split)
   return [(read, m * (3 + extra * 2 // 3)), (write, m * (2 + extra // 3)),
           (update, 1)]  # fmt: skip
+
+
+def _sparse_work(config: Config, b: int, latents: int, k: float):
+  """The encoder's product; a row of D for each of k latents of b rows, read
+  for decode and df, read and added for both gradients; the update."""
+  D, m, width = config.sae.d_in, config.train.micro_batches, _width(config)
+  weights, touched = 4 * latents * D, 4 * b * k * D
+  encode = Kernel(2 * b * latents * D, weights + b * D * width)
+  each = Kernel(2 * b * k * D, int(touched))
+  rows = latents
+  if updates_in_place(config):
+    rows = min(latents, b * k)
+  moments = 2 if config.optim.b1 else 1
+  gradient = 0 if updates_in_place(config) else 1
+  update = Kernel(0, int(2 * 4 * rows * D * (2 + 2 * moments + gradient)))
+  return [(encode, m), (each, 6 * m), (update, 1)]
+
+
+def active(config: Config) -> float:
+  """Latents of a row that a device touches in a sparse step."""
+  k = config.act.k
+  if config.act.name == 'jumprelu':
+    k = config.loss.target_l0 or ACTIVE
+  aux = config.loss.aux_k if has_aux(config) else 0
+  return (k + aux) / config.mesh.dict
 
 
 def traffic(config: Config) -> list[Collective]:

@@ -21,6 +21,7 @@ from sae_jax.train.step import SATURATED
 ACTIVATIONS = ('jumprelu', 'topk', 'batchtopk')
 BAD_BLOCKS = ('stop', 'skip')
 COMPUTE_DTYPES = ('float32', 'bfloat16')
+CODES = ('auto', 'sparse', 'dense')
 _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
@@ -33,6 +34,7 @@ _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
   'loss.aux_k', 'optim.lr_width', 'optim.clip_norm', 'optim.warmup_rows',
   'optim.decay_rows', 'train.eval_rows', 'train.keep_rows', 'act.theta',
+  'train.budget',
 )  # fmt: skip
 # What all members of a job have in common: the batches and the job around them.
 _SHARED = (
@@ -101,6 +103,9 @@ def base_config() -> Config:
   c.train.batch_rows = 4096  # B, over all devices
   c.train.micro_batches = 1  # parts of a batch, one after the other
   c.train.compute_dtype = 'float32'  # or 'bfloat16': factors of the products
+  c.train.codes = 'auto'  # or 'sparse', 'dense': which rule a step follows
+  c.train.budget = 0  # candidates a row that sparse codes have room for, on the
+  # mean; 0: four times the L0 aimed at. A batch with more is done densely.
   c.train.log_rows = 50_000  # between metrics
   c.train.eval_rows = 0  # between evaluations on held-out rows, 0 for none
   c.train.eval_size = 8192  # held-out rows of such an evaluation
@@ -261,6 +266,7 @@ def _validate_run(config: Config) -> None:
     if not 0 <= flat[name] < 1:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')
   known('config.act.name', config.act.name, ACTIVATIONS)
+  known('config.train.codes', config.train.codes, CODES)
   known('config.train.on_bad_block', config.train.on_bad_block, BAD_BLOCKS)
   known(
     'config.train.compute_dtype', config.train.compute_dtype, COMPUTE_DTYPES

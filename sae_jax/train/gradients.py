@@ -18,10 +18,11 @@ from sae_jax.parallel.mesh import (
   DATA,
   DICT,
   latent_specs,
-  specs_of,
+  on_each_device,
   vary,
   varying,
 )
+from sae_jax.train import sparse
 
 
 def gradients(
@@ -35,6 +36,7 @@ def gradients(
   micro_batches: int,
   dtype: jax.typing.DTypeLike,
   scatter: bool,
+  budget: int,
 ) -> tuple[jax.Array, Terms, SAE]:
   """(loss [], its terms, gradients like params) of raw rows x [B@data, D].
 
@@ -44,6 +46,7 @@ def gradients(
   quadratic L0 penalty, a batch's selection) is taken within a part.
 
   scatter: gradients with latents come split over `data` too, [F@(dict, data)].
+  budget: above 0, through sparse codes with room for so many candidates a row.
   """
 
   def local(params, norm, x, penalties, dead, ramp):
@@ -52,12 +55,16 @@ def gradients(
 
     def part(x):
       n = norm(x)
+      if budget and sparse.works(params.act, penalties):
+        return sparse.gradients(
+          params, n, penalties, dead, ramp, budget=budget, dtype=dtype
+        )
       (loss, terms), grads = jax.value_and_grad(objectives.loss, has_aux=True)(
         params, n, n, penalties, dead=dead, ramp=ramp, dtype=dtype
       )
       return loss, terms, grads
 
-    loss, terms, grads = _mean(part, x, micro_batches)
+    loss, terms, grads = sparse.mean_of_parts(part, x, micro_batches)
     if jax.sharding.get_abstract_mesh().empty:
       return loss, terms, grads
     terms = jax.tree.map(over_rows, terms)
@@ -75,27 +82,6 @@ def gradients(
 
   if jax.sharding.get_abstract_mesh().empty:
     return local(params, norm, x, penalties, dead, ramp)
-  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P())  # type: ignore
-  arrays = (params, norm, x, penalties, dead, ramp)
-  return jax.shard_map(
-    local,
-    in_specs=specs_of(arrays),  # JAX 0.10 must be told within another one
-    out_specs=(P(), each, latent_specs(params, scatter)),
-    axis_names={DATA, DICT},
-  )(*arrays)
-
-
-def _mean(part, x, parts):
-  """The mean of part(x_j) over `parts` parts of the rows; any of booleans."""
-  if parts == 1:
-    return part(x)
-  x = x.reshape(-1, parts, x.shape[-1])
-  take = lambda j: part(jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False))
-  zero = jax.tree.map(_zero, jax.eval_shape(take, 0))
-  add = lambda total, j: (jax.tree.map(jnp.add, total, take(j)), None)
-  total, _ = jax.lax.scan(add, zero, jnp.arange(parts))
-  return jax.tree.map(lambda a: a if a.dtype == bool else a / parts, total)
-
-
-def _zero(like):
-  return vary(jnp.zeros(like.shape, like.dtype), *varying(like))
+  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
+  specs = P(), each, latent_specs(params, scatter)
+  return on_each_device(local, specs)(params, norm, x, penalties, dead, ramp)

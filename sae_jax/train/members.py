@@ -128,7 +128,8 @@ def make_step(
   Jitted; the stack is donated. The N configs must be ones that share a step
   (`config.stacks`).
   """
-  update = step.make_update(configs[0])
+  # Sparse codes have room for so many latents as the densest aims at.
+  update = step.make_update(max(configs, key=lambda c: c.loss.target_l0))
 
   def loop(stack, x, knobs):
     def one(stack, turn):

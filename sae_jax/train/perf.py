@@ -27,12 +27,19 @@ def peak_tflops() -> float:
   return 2 * n**3 / best / 1e12
 
 
-def step_flops(rows: int, d_in: int, latents: int, *, aux: bool) -> dict:
+def step_flops(
+  rows: int, d_in: int, latents: int, *, aux: bool, active: float = 0
+) -> dict:
   """FLOPs of a step by two conventions.
 
   'published': 12 B D F, as Gemma Scope's 50.8% was counted (forward 4,
   backward 8). 'executed': the products our step does: encode, decode, dW_dec,
-  df and dW_enc (the input gets no gradient), and three more with AuxK.
+  df and dW_enc (the input gets no gradient), and three more with AuxK; with
+  `active` above 0 latents a row, the sparse rule's, encode is the only whole
+  one.
   """
   unit = 2 * rows * d_in * latents
-  return {'published': 6 * unit, 'executed': (8 if aux else 5) * unit}
+  done = (8 if aux else 5) * unit
+  if active:
+    done = unit + 4 * 2 * rows * d_in * active
+  return {'published': 6 * unit, 'executed': done}

@@ -71,8 +71,7 @@ class Progress:
     self._bar.update(self._batch)
     if step % self._every and step not in (1, self._last):
       return
-    dead = [values['train/dead'] > 0 for values in found]
-    speed = self._speed.read(step, self.waited, dead)
+    speed = self._speed.read(step, self.waited, found)
     self.waited = 0.0
     for values, also in zip(found, self.also, strict=True):
       values |= speed | also()
@@ -127,16 +126,18 @@ class Speed:
   the work is that of all members."""
 
   def __init__(self, members: Sequence[Config], config: Config):
-    self._rows, mesh = config.train.batch_rows, config.mesh
-    self._flops = [_flops(member, self._rows) for member in members]
+    self._rows, self._members = config.train.batch_rows, members
+    mesh = config.mesh
     virtual = jax.devices()[0].platform == 'cpu'  # they share the cores
     devices = 1 if virtual else mesh.member * mesh.data * mesh.dict
     self._peak = perf.peak_tflops() * devices * 1e12
     self._step, self._time = -1, 0.0
 
-  def read(self, step: int, waited: float, dead: Sequence[bool]) -> dict:
+  def read(
+    self, step: int, waited: float, found: Sequence[dict[str, float]]
+  ) -> dict[str, float]:
     """Figures of the steps since the last call; none at the first call,
-    whose time is mostly compilation. `dead`: where AuxK had work to do."""
+    whose time is mostly compilation. `found`: the step's metrics."""
     now = time.perf_counter()
     seconds, steps = now - self._time, step - self._step
     first = self._step < 0
@@ -144,7 +145,7 @@ class Speed:
     if first or not steps:
       return {}
     rate = steps / seconds
-    flops = [of[d] for of, d in zip(self._flops, dead, strict=True)]
+    flops = list(map(self._flops, self._members, found))
     use = lambda how: rate * sum(f[how] for f in flops) / self._peak
     return {
       'perf/rows_per_s': rate * self._rows,
@@ -154,10 +155,13 @@ class Speed:
       'perf/mfu_executed': use('executed'),
     }
 
-
-def _flops(config: Config, rows: int) -> dict[bool, dict[str, float]]:
-  """Of a step by whether latents are dead."""
-  c = config.sae
-  of = lambda aux: perf.step_flops(rows, c.d_in, c.latents, aux=aux)
-  auxk = config.act.name != 'jumprelu' and config.loss.aux_coef > 0
-  return {False: of(False), True: of(auxk)}
+  def _flops(self, c: Config, values: dict[str, float]) -> dict[str, float]:
+    """FLOPs of a step with these metrics: AuxK has no work while none is dead,
+    a sparse step touches the active latents only."""
+    aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
+    aux = aux and values['train/dead'] > 0
+    active = 0 if values['train/dense'] else values['train/l0']
+    active += aux * c.loss.aux_k if active else 0
+    return perf.step_flops(
+      self._rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
+    )

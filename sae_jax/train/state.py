@@ -4,6 +4,7 @@
 on one device.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -16,8 +17,13 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.config import Config
 from sae_jax.models import activations, objectives, sae
 from sae_jax.models.sae import SAE, Norm
-from sae_jax.parallel.mesh import DICT, spec, split_latents
+from sae_jax.parallel.mesh import DICT, platform, spec, split_latents
 from sae_jax.train import optim
+
+# K / F above one in so many: the dense rule is faster. Measured on a CPU, from
+# bytes and FLOPs elsewhere (docs/performance.md).
+ACTIVE = 64  # latents a row that a JumpReLU without a target is taken to have
+DENSE_FROM = {'cpu': 40, 'default': 512}
 
 
 class State(struct.PyTreeNode):
@@ -28,6 +34,9 @@ class State(struct.PyTreeNode):
   opt: optax.OptState
   rows_since_fired: jax.Array  # [F@dict] int32, saturates at 2^30
   ema: SAE | None  # running mean of the learned arrays (its normalisers None)
+  # Update up to which the rows' second moments have decayed, see touched.py;
+  # None where a first moment moves all rows.
+  touched: jax.Array | None  # [F@dict] int32
 
 
 def learned(s: SAE) -> SAE:
@@ -95,6 +104,31 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
   return optim.make_optimizer(b1=c.b1, b2=c.b2, eps=c.eps, clip=c.clip_norm)
 
 
+def candidates(config: Config, on: str | None = None) -> int:
+  """Candidates a row that sparse codes have room for, on one device; 0 where
+  the dense rule is chosen. on: the platform, that of the mesh by default.
+
+  train.codes='auto' compares what both move or compute: docs/performance.md.
+  """
+  c, F = config.train, config.sae.latents
+  k = config.act.k
+  if config.act.name == 'jumprelu':
+    k = config.loss.target_l0 or ACTIVE
+  most = c.budget or (k if config.act.name == 'topk' else 4 * k)
+  most = min(max(math.ceil(most / config.mesh.dict), 1), F)
+  crossover = DENSE_FROM.get(on or platform(), DENSE_FROM['default'])
+  if c.codes == 'dense' or (c.codes == 'auto' and k * crossover > F):
+    return 0
+  return most
+
+
+def updates_in_place(config: Config) -> bool:
+  """Whether an update may touch the rows of a batch only, one by one."""
+  c = config.optim
+  whole = c.b1 or c.ema or c.clip_norm or config.train.micro_batches > 1
+  return not whole and config.mesh.data == 1
+
+
 def steps_of(rows: int, batch_rows: int) -> int:
   """Steps that cover `rows`; the last batch is whole."""
   return -(-rows // batch_rows)
@@ -119,6 +153,9 @@ def init_state(config: Config, norm: Norm) -> State:
     rows_since_fired=jnp.zeros(F, jnp.int32, out_sharding=spec(DICT)),
     # Adding zero makes copies: a donated buffer may appear once only.
     ema=jax.tree.map(lambda x: x + 0, updated) if config.optim.ema else None,
+    touched=None
+    if config.optim.b1
+    else jnp.zeros(F, jnp.int32, out_sharding=spec(DICT)),
   )
 
 
