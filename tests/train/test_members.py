@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def config_of(store, name='topk', members=MEMBERS):
 
 def alone(config, overrides):
   """The same SAE as a plain run, its config written key by key."""
-  c = ConfigDict(config.to_dict() | {'members': ()})
+  c: Any = ConfigDict(config.to_dict() | {'members': ()})
   for key, value in overrides.items():
     if key != 'name':
       group, _, last = key.rpartition('.')
@@ -199,7 +200,7 @@ def test_a_member_is_a_run(tmp_path, store, monkeypatch):
   assert (its.seed, its.store.seed, its.optim.lr) == (1, 0, 3e-3)
   assert its.members == () and its.train.rows == config.train.rows
   sae = sae_jax.load(mine)
-  rows = np.concatenate([r for r, _ in reader.held_out(store, SITE)])
+  rows: Any = np.concatenate([r for r, _ in reader.held_out(store, SITE)])
   assert np.isfinite(np.asarray(sae.decode(sae.encode(rows)))).all()
   with pytest.raises(UserError, match='holds members: give one of'):
     sae_jax.load(job)
@@ -230,8 +231,10 @@ def test_launch_and_evaluate(tmp_path, store):
   child.wait(timeout=60)
   done = run(killed, 'jumprelu.py:demo_members', *flags)
   assert done.returncode == 0, done.stderr
-  for mine in sorted((whole / 'members').iterdir()):
-    other = folder(killed, mine.name)
+  names = sorted(path.name for path in (whole / 'members').iterdir())
+  assert len(names) == 4
+  for name in names:
+    mine, other = folder(whole, name), folder(killed, name)
     assert _metrics(other) == _metrics(mine)
     same(end_of(other)[1], end_of(mine)[1])
   evaluate = [sys.executable, str(ROOT / 'launch' / 'evaluate.py'), '--nolm']
@@ -242,7 +245,13 @@ def test_launch_and_evaluate(tmp_path, store):
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  assert list((mine / 'eval').glob('*')) or list(mine.glob('*.html'))
+  assert list(mine.rglob('report.html'))
+  its = f'--config={ROOT}/configs/run.py:{mine}'
+  more = [its, f'--config.train.rows={50 * B}', '--config.train.resume']
+  done = run(mine, 'run.py:', *more)  # the last --config counts
+  assert done.returncode == 0, done.stderr
+  assert 'going on from step 40' in done.stderr
+  assert checkpoints.find_step(mine) == 50
 
 
 def test_what_one_leaves_out_is_its_own(tmp_path, store, monkeypatch, caplog):
