@@ -47,7 +47,8 @@ class Site:
 
   offset and scale [width] belong to int8 rows and are fixed before the first
   row. The statistics (in float64, of the rows as stored) are None while
-  writing: of the normaliser shards, and of all rows of the store.
+  writing: of the normaliser shards, and of all rows of the store. all_max_abs,
+  their largest |number|, is also None in stores older than it.
   """
 
   name: str
@@ -61,6 +62,7 @@ class Site:
   all_mean: list[float] | None = None
   all_mean_squared_norm_centred: float | None = None
   all_mean_squared_norm_raw: float | None = None
+  all_max_abs: float | None = None
 
   @property
   def read_dtype(self) -> np.dtype:

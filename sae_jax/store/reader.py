@@ -4,9 +4,11 @@ Works on a store that is still being written, for what is there of it. Needs
 numpy, not jax. Training batches are in batches.py.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -16,6 +18,7 @@ from sae_jax.store.files import ShardFile, site_file
 from sae_jax.store.manifest import (
   SEQUENCES,
   TOKENS,
+  Manifest,
   Normalizer,
   local_root,
   read_manifest,
@@ -26,6 +29,7 @@ from sae_jax.store.records import (
   norm_moments,
   read_record,
 )
+from sae_jax.store.statistics import Moments
 
 
 def await_shards(
@@ -128,6 +132,13 @@ def normalizer(root: str | Path, site: str) -> Normalizer:
   if entry.mean is not None and centred is not None and raw is not None:
     return Normalizer(np.array(entry.mean, np.float32), centred, raw)
 
+  m = _norm_moments(root, manifest, site)
+  return Normalizer(m.mean.astype(np.float32), *mean_squared_norms(m))
+
+
+def _norm_moments(root: Path, manifest: Manifest, site: str) -> Moments:
+  """From the records, while the manifest does not have them."""
+
   def record(shard: int):
     if found := read_record(root, manifest, shard):
       return found
@@ -136,5 +147,30 @@ def normalizer(root: str | Path, site: str) -> Normalizer:
       'normaliser needs it: run the harvest again, it goes on'
     )
 
-  m = norm_moments(manifest, site, record)
-  return Normalizer(m.mean.astype(np.float32), *mean_squared_norms(m))
+  return norm_moments(manifest, site, record)
+
+
+class Sizes(NamedTuple):
+  """How large the numbers of a site are, in the subject model's units."""
+
+  largest: float  # |number|
+  exact: bool  # False: there are at least such; older stores say no more
+  mean: float  # |largest mean of a column|
+  rms: float  # of all numbers
+
+
+def sizes(root: str | Path, site: str) -> Sizes:
+  """From the statistics of all rows; of a store that is still being written,
+  of the normaliser shards, which must be there (UserError)."""
+  root = local_root(root)
+  manifest = read_manifest(root, complete=False)
+  entry = manifest.site(site)
+  mean, raw = entry.all_mean, entry.all_mean_squared_norm_raw
+  largest = entry.all_max_abs
+  if mean is None or raw is None:
+    m = _norm_moments(root, manifest, site)
+    mean, raw, largest = m.mean, mean_squared_norms(m)[1], m.max_abs
+  means, rms = float(np.abs(mean).max()), math.sqrt(raw / entry.width)
+  if largest is None:
+    return Sizes(max(means, rms), False, means, rms)
+  return Sizes(largest, True, means, rms)

@@ -43,7 +43,12 @@ def write_record(
 ) -> None:
   """Says that the shard is finished."""
   moments = {
-    site: {'rows': m.n, 'mean': m.mean.tolist(), 'm2': m.m2.tolist()}
+    site: {
+      'rows': m.n,
+      'mean': m.mean.tolist(),
+      'm2': m.m2.tolist(),
+      'max_abs': m.max_abs,
+    }
     for site, m in record.moments.items()
   }
   files = {k: dataclasses.asdict(v) for k, v in record.files.items()}
@@ -83,7 +88,9 @@ def load_record(root: Path, manifest: Manifest, shard: int) -> Record | None:
     data = json.loads(text)
     files = {name: FileEntry(**entry) for name, entry in data['files'].items()}
     moments = {
-      site: Moments(m['rows'], np.array(m['mean']), np.array(m['m2']))
+      site: Moments(
+        m['rows'], np.array(m['mean']), np.array(m['m2']), m.get('max_abs')
+      )
       for site, m in data['moments'].items()
     }
   except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -172,4 +179,5 @@ def with_statistics(site: Site, norm: Moments, every: Moments) -> Site:
     all_mean=every.mean.tolist(),
     all_mean_squared_norm_centred=all_centred,
     all_mean_squared_norm_raw=all_raw,
+    all_max_abs=every.max_abs,
   )

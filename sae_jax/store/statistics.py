@@ -14,11 +14,15 @@ _PIECE = 1 << 15  # numbers taken to float64 at a time: 256 KB, in L2
 
 
 class Moments(NamedTuple):
-  """n rows, their mean [width] and sum of squared deviations m2 [width]."""
+  """n rows, their mean [width] and sum of squared deviations m2 [width].
+
+  max_abs: the largest |number| of all; None in records older than it.
+  """
 
   n: int
   mean: np.ndarray
   m2: np.ndarray
+  max_abs: float | None = None
 
 
 def moments(rows: np.ndarray, near: np.ndarray | None = None) -> Moments:
@@ -32,27 +36,32 @@ def moments(rows: np.ndarray, near: np.ndarray | None = None) -> Moments:
   n, width = rows.shape
   step = max(_PIECE // width, 1)
   guess = rows[:step].astype(np.float64).mean(0) if near is None else near
-  total, squares = np.zeros(width), np.zeros(width)
+  total, squares, most = np.zeros(width), np.zeros(width), 0.0
   x = np.empty((min(step, n), width))
   for at in range(0, n, step):
     piece = rows[at : at + step]
     x = x[: len(piece)]
     np.copyto(x, piece)
+    most = max(most, float(x.max()), -float(x.min()))
     x -= guess
     total += np.add.reduce(x, 0)
     squares += np.einsum('ij,ij->j', x, x)
   off = total / n
-  return Moments(n, guess + off, np.maximum(squares - off * total, 0))
+  return Moments(n, guess + off, np.maximum(squares - off * total, 0), most)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
   """Moments of both sets of rows (Chan, Golub, LeVeque 1979, eq. 2.1)."""
   n = a.n + b.n
   delta = b.mean - a.mean
+  most = None
+  if a.max_abs is not None and b.max_abs is not None:
+    most = max(a.max_abs, b.max_abs)
   return Moments(
     n,
     a.mean + delta * (b.n / n),
     a.m2 + b.m2 + np.square(delta) * (a.n * b.n / n),
+    most,
   )
 
 

@@ -30,7 +30,13 @@ from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.config import flatten, plain_members, validate
 from sae_jax.train.members import Job, States, initial, make_job, members_of
 from sae_jax.train.progress import Progress
-from sae_jax.train.rows import held_out_rows, next_batch, open_source
+from sae_jax.train.rows import (
+  Ahead,
+  held_out_rows,
+  next_batch,
+  open_source,
+  warn_of_size,
+)
 from sae_jax.train.run import (
   check_restored,
   check_run,
@@ -62,6 +68,7 @@ def train(config: Config, run_dir: str) -> States:
   # Of a store that is still being written held-out and normaliser shards must
   # be there; whatever can be refused without them has been.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
+  warn_of_size(config, source)
   with jax.set_mesh(mesh):
     held_out = processes.agreed(lambda: held_out_rows(config))
   with (
@@ -140,9 +147,8 @@ def _run(
         write_config(run, its)
     progress = Progress(config, job.members, start, skips)
     progress.also = [one.timings for one in checkpoints]
-    batches = train_batches(
-      skipping.readable(source, c.on_bad_block), position_rows=position
-    )
+    read = skipping.readable(source, c.on_bad_block)
+    batches = Ahead(train_batches(read, position_rows=position), source)
     pending = None
     with (
       contextlib.closing(progress),
@@ -179,7 +185,7 @@ def _run(
           over = missing(batch) is not None  # asked to stop: all is saved
         if over:
           break
-        x = next_batch(batches, source, progress)
+        x = next_batch(batches, progress)
         position += c.batch_rows
         states, metrics = job.step(states, x)
         if pending:

@@ -151,6 +151,7 @@ class Speed:
       'perf/rows_per_s': rate * self._rows,
       'perf/step_ms': 1e3 / rate,
       'perf/wait_ms': 1e3 * waited / steps,
+      'perf/wait_share': waited / seconds,
       'perf/mfu': use('published'),
       'perf/mfu_executed': use('executed'),
     }

@@ -1,16 +1,20 @@
 """Rows of the store onto the devices: each process reads what it needs."""
 
+import collections
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.parallel import processes
 from sae_jax.parallel.mesh import DATA
 from sae_jax.parallel.mesh import P as Spec
 from sae_jax.store import reader
@@ -19,6 +23,9 @@ from sae_jax.store.manifest import local_root, read_manifest
 from sae_jax.train import growing
 from sae_jax.train.config import stream_seed
 from sae_jax.train.progress import Progress
+
+AHEAD = 2  # batches that lie on the devices before their step
+LARGE = 1e4  # |number| of a row beyond which bfloat16 deserves a word
 
 
 def open_source(
@@ -47,6 +54,26 @@ def open_source(
     )
   growing.check(config, source, source.manifest)
   return source
+
+
+def warn_of_size(config: Config, source: BatchSource) -> None:
+  """One line when rows are large for products in bfloat16.
+
+  The normaliser shards must be there (UserError).
+  """
+  c, site = config.train, source.site.name
+  if c.compute_dtype != 'bfloat16' or not processes.is_first():
+    return
+  found = reader.sizes(source.root, site)
+  if found.largest > LARGE:
+    logging.warning(
+      'config.train.compute_dtype=bfloat16: numbers of %s in %s reach %s%.3g '
+      '(largest mean of a column %.3g, root mean square of all %.3g), and each '
+      'is rounded by up to 1/256 of itself: compare eval/fvu with a run in '
+      'float32',
+      site, source.root, '' if found.exact else 'at least ', found.largest,
+      found.mean, found.rms,
+    )  # fmt: skip
 
 
 def held_out_rows(config: Config) -> jax.Array | None:
@@ -94,12 +121,48 @@ def part_rows(
   return rows[first : first + end - start]
 
 
-def next_batch(
-  batches: Iterator[np.ndarray], source: BatchSource, progress: Progress
-) -> jax.Array:
+class Ahead:
+  """The next batches on the devices, put there while steps run.
+
+  A thread pulls the host's batches in order and waits until each is on the
+  devices: besides the batches in use AHEAD lie there, no more. What goes wrong
+  in it comes out of `next` at the batch it belongs to. Nothing is read before
+  the first `next`. close() returns when the thread has ended: where that may
+  be reading what is not written yet, `source.close()` comes first.
+
+  Plain device_put is right here: XLA's GPU client copies to its own pinned
+  buffer on the way, so putting to `pinned_host` before would copy twice.
+  """
+
+  def __init__(self, batches: Any, source: BatchSource):
+    self._batches, self._source = batches, source
+    self._mesh = jax.sharding.get_mesh()  # a thread has none of its own
+    self._thread = ThreadPoolExecutor(1, 'input')
+    self._coming: collections.deque[Future[jax.Array]] = collections.deque()
+
+  def next(self) -> jax.Array:
+    """The next rows [B@data, D]."""
+    while len(self._coming) <= AHEAD:
+      self._coming.append(self._thread.submit(self._pull))
+    return self._coming.popleft().result()
+
+  def _pull(self) -> jax.Array:
+    rows, source = next(self._batches), self._source
+    # Each process puts its own parts: no collective, so a thread may.
+    with jax.set_mesh(self._mesh), jax.transfer_guard('disallow'):
+      x = put_rows(rows, source.parts, source.batch_rows)
+    return x.block_until_ready()
+
+  def close(self) -> None:
+    """Ends the thread, drops what lies ready and closes the host's batches."""
+    self._thread.shutdown(cancel_futures=True)
+    self._coming.clear()
+    self._batches.close()
+
+
+def next_batch(batches: Ahead, progress: Progress) -> jax.Array:
   """The next rows [B@data, D] on the devices; the wait is metered."""
   began = time.perf_counter()
-  rows = next(batches)
-  x = put_rows(rows, source.parts, source.batch_rows)
+  x = batches.next()
   progress.waited += time.perf_counter() - began
   return x

@@ -22,6 +22,7 @@ def rows(n=1000, width=300, mean=3.0):
 def check(found, x, rtol):
   x = x.astype(np.longdouble)
   assert found.n == len(x)
+  assert found.max_abs == float(np.abs(x).max())
   np.testing.assert_allclose(found.mean, x.mean(0).astype(float), rtol=1e-14)
   m2 = np.square(x - x.mean(0)).sum(0).astype(float)
   np.testing.assert_allclose(found.m2, m2, rtol=rtol)

@@ -289,6 +289,21 @@ def test_statistics_of_other_shards_by_a_sample_or_exactly(store):
   assert 'sites/c/shard-00004' in line and 'column 3' in line
 
 
+@pytest.mark.parametrize('shard, factor', [(1, 1 + 1e-8), (4, 0.2)])
+def test_the_largest_number_of_a_shard(store, shard, factor):
+  """Of the normaliser shard in full, of others when a sample is beyond it."""
+
+  def change(data):
+    data['moments']['c']['max_abs'] *= factor
+
+  damage.edit(
+    store / 'manifest.json', lambda data: data.update(state='writing')
+  )
+  damage.edit(record(store, shard), change)
+  (line,) = found_by(store)['statistics']
+  assert f'sites/c/shard-{shard:05d}' in line and 'its record' in line
+
+
 def test_rows_far_larger_than_recorded(tmp_path):
   def shrink(data):
     data['moments']['a']['m2'] = [x / 25 for x in data['moments']['a']['m2']]
