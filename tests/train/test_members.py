@@ -246,9 +246,8 @@ def test_launch_and_evaluate(tmp_path, store):
   )
   assert done.returncode == 0, done.stderr
   assert list(mine.rglob('report.html'))
-  its = f'--config={ROOT}/configs/run.py:{mine}'
-  more = [its, f'--config.train.rows={50 * B}', '--config.train.resume']
-  done = run(mine, 'run.py:', *more)  # the last --config counts
+  more = [f'--config.train.rows={50 * B}', '--config.train.resume']
+  done = run(mine, f'run.py:{mine}', *more)
   assert done.returncode == 0, done.stderr
   assert 'going on from step 40' in done.stderr
   assert checkpoints.find_step(mine) == 50
