@@ -12,7 +12,7 @@ from sae_jax.train.config import base_config
 
 
 def get_config(arg: str = 'gemma_scope') -> Config:
-  """arg: 'gemma_scope', 'million' or 'demo'."""
+  """arg: 'gemma_scope', 'million', 'demo' or 'demo_members'."""
   c = base_config()
   c.act.name = 'jumprelu'
   if arg == 'gemma_scope':
@@ -21,8 +21,10 @@ def get_config(arg: str = 'gemma_scope') -> Config:
     return million(gemma_scope(c))
   if arg == 'demo':
     return demo(c)
+  if arg == 'demo_members':
+    return demo_members(demo(c))
   raise UserError(
-    f'configs/jumprelu.py:{arg}: use gemma_scope, million or demo'
+    f'configs/jumprelu.py:{arg}: use gemma_scope, million, demo or demo_members'
   )
 
 
@@ -77,4 +79,13 @@ def demo(c: Config) -> Config:
   c.train.log_rows = rows // 50
   c.train.eval_rows = rows // 10
   c.train.save_rows = rows // 4
+  return c
+
+
+def demo_members(c: Config) -> Config:
+  """Four of them at once, from dense to sparse."""
+  c.members = tuple(
+    {'name': f'l0_coef={coef:g}', 'loss.l0_coef': coef}
+    for coef in (5e-4, 1e-3, 2e-3, 4e-3)
+  )
   return c

@@ -7,7 +7,8 @@ is one device's part. `sum_latents` and `mean_rows` are right in both modes and
 without a mesh: a model is written once.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,17 @@ from sae_jax.errors import UserError
 
 DATA = 'data'
 DICT = 'dict'
+MEMBER = 'member'  # of a mesh that several SAEs are spread over
 
 
 def make_mesh(
-  data: int, dict_: int, devices: Sequence[Any] | None = None
+  data: int,
+  dict_: int,
+  devices: Sequence[Any] | None = None,
+  member: int = 1,
 ) -> Mesh:
-  """A mesh [data, dict] of the first data * dict devices (of all there are).
+  """A mesh [data, dict] of the first data * dict devices (of all there are),
+  with member > 1 of [member, data, dict].
 
   Raises UserError when a size is not positive or there are too few devices.
   """
@@ -33,17 +39,20 @@ def make_mesh(
       f'config.mesh: data={data}, dict={dict_}: both must be at least 1'
     )
   devices = jax.devices() if devices is None else devices
-  if data * dict_ > len(devices):
+  shape = (data, dict_) if member == 1 else (member, data, dict_)
+  names = (DATA, DICT) if member == 1 else (MEMBER, DATA, DICT)
+  size = math.prod(shape)
+  if size > len(devices):
     raise UserError(
-      f'config.mesh: {data} x {dict_} = {data * dict_} devices asked for, '
+      f'config.mesh: {" x ".join(map(str, shape))} = {size} devices asked for, '
       f'{len(devices)} {devices[0].platform} device(s) present: lower '
-      'config.mesh.data or config.mesh.dict'
+      f'config.mesh.{" or config.mesh.".join(names)}'
     )
   # jax.make_mesh refuses shapes such as 8 x 8 on a torus of 4 x 4 x 4.
   array = mesh_utils.create_device_mesh(
-    (data, dict_), devices[: data * dict_], allow_split_physical_axes=True
+    shape, devices[:size], allow_split_physical_axes=True
   )
-  return Mesh(array, (DATA, DICT), axis_types=(AxisType.Explicit,) * 2)
+  return Mesh(array, names, axis_types=(AxisType.Explicit,) * len(names))
 
 
 def check_divides(what: str, size: int, axis: str, parts: int) -> None:
@@ -70,6 +79,21 @@ def rows_spec(x: jax.Array) -> P | None:
   axes = tuple(jax.typeof(x).sharding.spec)  # may be shorter than ndim
   axes = (axes + (None,) * x.ndim)[: x.ndim - 1]
   return P(*axes, None)
+
+
+def on_each_device(f: Callable, out_specs: Any) -> Callable:
+  """shard_map over `data` and `dict`: f of each device's part of the arrays.
+
+  Also within a shard_map over `member`: there JAX 0.10 asks for in_specs.
+  """
+
+  def call(*arrays):
+    specs = jax.tree.map(lambda a: P(*jax.typeof(a).sharding.spec), arrays)
+    return jax.shard_map(
+      f, in_specs=specs, out_specs=out_specs, axis_names={DATA, DICT}
+    )(*arrays)
+
+  return call
 
 
 def platform() -> str:

@@ -54,6 +54,7 @@ def estimate(config: Config, name: str, rows: Rows = ASSUMED) -> dict[str, Any]:
 
 def check_mesh(config: Config, name: str, chip: Chip, chips: int) -> None:
   """UserError unless the mesh has one place for every device."""
+  _one_run(config)
   data, dict_ = config.mesh.data, config.mesh.dict
   devices = chips * chip.devices
   if data * dict_ != devices:
@@ -65,9 +66,15 @@ def check_mesh(config: Config, name: str, chip: Chip, chips: int) -> None:
 
 def check_values(config: Config) -> None:
   """UserError for values that no mesh can work with."""
+  _one_run(config)
   c = config.copy_and_resolve_references()
   c.mesh.data = c.mesh.dict = c.train.micro_batches = 1
   validate(c)
+
+
+def _one_run(config: Config) -> None:
+  if config.members:
+    raise UserError('config.members: a plan is of one run: leave them out')
 
 
 def available(chip: Chip) -> float:

@@ -94,6 +94,11 @@ class Checkpoints:
     block = 1e3 * (time.perf_counter() - began)
     self._timings['perf/save_block_ms'] = block
 
+  def wait(self) -> None:
+    """Until the save under way is written; raises UserError as `save` does."""
+    with self._disk_errors():
+      self._manager.wait_until_finished()
+
   def timings(self) -> dict[str, float]:
     """Of the saves since the last call: milliseconds the loop was kept
     waiting, and seconds until all was written, for the one that is.
@@ -195,6 +200,8 @@ def find_step(run_dir: str | Path, step: int | None = None) -> int:
   """
   steps = kept_steps(run_dir)
   if not steps:
+    if (members := Path(run_dir) / 'members').is_dir():
+      raise UserError(f'{run_dir} holds members: give one of {members}')
     raise UserError(
       f'no checkpoint in {folder(run_dir)}: is {run_dir} the --workdir of a '
       'training run that saved at least once?'
@@ -249,7 +256,7 @@ def newest(
   there are checkpoints but none is whole.
   """
   damaged: dict[int, str] = {}
-  for step in _agreed_steps(run_dir)[::-1]:
+  for step in agreed_steps(run_dir)[::-1]:
     try:
       return step, *_restore(run_dir, step, abstract), damaged
     except Damaged as error:
@@ -312,7 +319,7 @@ def _agree(fault: str) -> None:
     raise Damaged(fault)
 
 
-def _agreed_steps(run_dir: str | Path) -> list[int]:
+def agreed_steps(run_dir: str | Path) -> list[int]:
   """The steps that process 0 sees: others' views of a network disk are late."""
   steps = kept_steps(run_dir)
   if jax.process_count() == 1:

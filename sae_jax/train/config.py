@@ -6,7 +6,9 @@ Counters are in rows (tokens); steps are derived.
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,7 +26,8 @@ _POSITIVE = (
   'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
   'train.micro_batches', 'train.log_rows', 'train.save_rows', 'train.keep',
-  'train.eval_size', 'mesh.data', 'mesh.dict', 'train.max_skipped',
+  'train.eval_size', 'mesh.data', 'mesh.dict', 'mesh.member',
+  'train.max_skipped',
   'distributed.heartbeat_seconds', 'distributed.start_seconds',
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -33,6 +36,18 @@ _NOT_NEGATIVE = (
   'optim.decay_rows', 'train.eval_rows', 'train.keep_rows', 'act.theta',
   'train.budget',
 )  # fmt: skip
+# What all members of a job have in common: the batches and the job around them.
+_SHARED = (
+  'store.', 'train.', 'mesh.', 'distributed.', 'sae.d_in', 'sae.center',
+  'members',
+)  # fmt: skip
+# In what the members of one compiled step may differ: leaves of their states
+# and `step.Knobs`. Of those with True, only whether they are zero is compiled.
+_IN_A_STACK = {
+  'seed': False, 'store.seed': False, 'optim.lr': False,
+  'optim.lr_width': False, 'act.theta': False, 'act.bandwidth': False,
+  'loss.l0_coef': False, 'loss.target_l0': True, 'loss.aux_coef': True,
+}  # fmt: skip
 
 
 def base_config() -> Config:
@@ -40,11 +55,15 @@ def base_config() -> Config:
   units: centred rows divided so that their mean squared norm is 1."""
   c = ConfigDict()
   c.seed = 0  # initial weights and order of the batches
+  # SAEs to train at once on the same batches: for each a dict of dotted keys
+  # in which it differs, {'optim.lr': 1e-3, 'seed': 1}, and its 'name', if any.
+  c.members = ()
 
   c.store = ConfigDict()
   c.store.path = ''  # folder that launch/harvest.py wrote
   c.store.site = 'layer_9.resid_post'
   c.store.window = 8  # shards whose blocks are permuted together
+  c.store.seed = -1  # order of the batches, if not by `seed`
 
   c.sae = ConfigDict()
   c.sae.d_in = 576  # D, the site's width
@@ -101,6 +120,7 @@ def base_config() -> Config:
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices that share the rows of a batch
   c.mesh.dict = 1  # devices that share the dictionary
+  c.mesh.member = 1  # groups of data x dict devices that share the members
   c.mesh.zero1 = False  # split the optimiser's state over `data` too
 
   c.distributed = ConfigDict()
@@ -111,10 +131,129 @@ def base_config() -> Config:
 
 def validate(config: Config) -> None:
   """Raises UserError for the first value that cannot work."""
+  _validate_run(config)
+  _check_names(config)
+  members = member_configs(config)
+  for i, member in enumerate(members):
+    try:
+      _validate_run(member)
+    except UserError as error:
+      raise UserError(f'config.members[{i}]: {error}') from None
+  parts = config.mesh.member
+  if parts > 1 and not members:
+    raise UserError(f'config.mesh.member={parts}: there are no config.members')
+  for stack in stacks(members):
+    if len(stack) % parts:
+      raise UserError(
+        f'config.mesh.member={parts} does not divide the {len(stack)} members '
+        f'{", ".join(map(str, stack))} of config.members, which share a step: '
+        'change one of them'
+      )
+  if members and config.train.keep < 2:
+    # A kill within a round of saves leaves members one checkpoint apart.
+    raise UserError('config.train.keep=1: members need 2')
+
+
+def member_configs(config: Config) -> list[Config]:
+  """The config of each of config.members, as a run of its own; no members,
+  none. Raises UserError for a key that is not there, or all must share."""
+  return [_merged(config, i) for i in range(len(config.members))]
+
+
+def plain_members(config: Config) -> Config:
+  """The same config, its members as dicts of dotted keys: fit for JSON."""
+  if not config.members:
+    return config
+  plain: Config = ConfigDict(config.to_dict() | {'members': ()})
+  plain.members = tuple(map(_overrides, config.members))
+  return plain
+
+
+def member_name(config: Config, i: int) -> str:
+  """The i-th member's name, and that of its folder."""
+  width = max(2, len(str(len(config.members) - 1)))
+  return _overrides(config.members[i]).get('name', f'{i:0{width}d}')
+
+
+def stacks(members: Sequence[Config]) -> list[list[int]]:
+  """The members (their indices) that may share a compiled step, together."""
+  found: dict[str, list[int]] = {}
+  for i, member in enumerate(members):
+    flat = flatten(member.to_dict())
+    for key, zero in _IN_A_STACK.items():
+      flat[key] = flat[key] == 0 if zero else None
+    found.setdefault(str(flat), []).append(i)
+  return list(found.values())
+
+
+def stream_seed(config: Config) -> int:
+  """What the order of the batches is drawn from."""
+  return config.seed if config.store.seed < 0 else config.store.seed
+
+
+def _merged(config: Config, i: int) -> Config:
+  merged: Config = ConfigDict(config.to_dict() | {'members': ()})
+  merged.mesh.member = 1
+  flat, what = flatten(merged.to_dict()), f'config.members[{i}]'
+  for key, value in _overrides(config.members[i]).items():
+    if key == 'name':
+      continue
+    if key.startswith(_SHARED):
+      raise UserError(
+        f'{what}.{key}: all members share it: set config.{key} instead'
+      )
+    if key not in flat:
+      near = difflib.get_close_matches(key, flat, 1, 0.3) or ['optim.lr']
+      raise UserError(f'{what}.{key}: no such key, did you mean {near[0]}?')
+    *path, last = key.split('.')
+    node = merged
+    for part in path:
+      node = node[part]
+    try:
+      node[last] = value
+    except TypeError:
+      raise UserError(
+        f'{what}.{key}={value!r}: must be a {type(flat[key]).__name__}'
+      ) from None
+  if merged.seed != config.seed:  # alone it must see the same batches
+    merged.store.seed = stream_seed(config)
+  return merged
+
+
+def _overrides(member: Any) -> dict[str, Any]:
+  """One of config.members as a dict of dotted keys."""
+  if isinstance(member, ConfigDict):
+    member = member.to_dict()
+  if not isinstance(member, dict):
+    raise UserError(
+      f'config.members: {member!r} is not a dict of overrides, such as '
+      "{'optim.lr': 1e-3}"
+    )
+  return flatten(member)
+
+
+def _check_names(config: Config) -> None:
+  names = [member_name(config, i) for i in range(len(config.members))]
+  for i, name in enumerate(names):
+    if not isinstance(name, str) or not re.fullmatch(r'\w[\w.=+-]*', name):
+      raise UserError(
+        f'config.members[{i}].name={name!r}: must be letters, digits, _ . = + -'
+      )
+    if names.index(name) < i:
+      raise UserError(
+        f'config.members[{i}].name={name!r}: also that of '
+        f'config.members[{names.index(name)}]'
+      )
+
+
+def _validate_run(config: Config) -> None:
+  """Of a plain run, or of one member."""
   flat = flatten(config.to_dict())
   for name, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f'config.{name}={value}: must be a finite number')
+  if config.store.seed >= 2**64:
+    raise UserError(f'config.store.seed={config.store.seed}: must be < 2^64')
   if not 0 <= config.seed < 2**32:  # jax.random.key takes 32 bits
     raise UserError(f'config.seed={config.seed}: must be in [0, 2^32)')
   for name in _POSITIVE:
@@ -196,10 +335,14 @@ def known(what: str, name: str, names: Sequence[str]) -> None:
 
 
 def flatten(tree: dict, prefix: str = '') -> dict:
-  """Nested dicts as one dict with dotted keys."""
+  """Nested dicts as one dict with dotted keys; `members` by their indices."""
   flat = {}
   for key, value in tree.items():
-    if isinstance(value, dict):
+    if key == 'members' and not prefix:
+      flat[key] = len(value)
+      for i, member in enumerate(value):
+        flat |= flatten(_overrides(member), f'members[{i}].')
+    elif isinstance(value, dict):
       flat |= flatten(value, f'{prefix}{key}.')
     else:
       flat[f'{prefix}{key}'] = value

@@ -14,7 +14,14 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.models import objectives
 from sae_jax.models.objectives import Penalty, Terms
 from sae_jax.models.sae import SAE, Norm
-from sae_jax.parallel.mesh import DATA, DICT, latent_specs, vary, varying
+from sae_jax.parallel.mesh import (
+  DATA,
+  DICT,
+  latent_specs,
+  on_each_device,
+  vary,
+  varying,
+)
 from sae_jax.train import sparse
 
 
@@ -76,6 +83,5 @@ def gradients(
   if jax.sharding.get_abstract_mesh().empty:
     return local(params, norm, x, penalties, dead, ramp)
   each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
-  return jax.shard_map(
-    local, out_specs=(P(), each, latent_specs(params, scatter))
-  )(params, norm, x, penalties, dead, ramp)
+  specs = P(), each, latent_specs(params, scatter)
+  return on_each_device(local, specs)(params, norm, x, penalties, dead, ramp)

@@ -5,7 +5,7 @@ that the harvest can remove those before and go on.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -30,13 +30,17 @@ Missing: TypeAlias = Callable[[int], int | None]
 
 
 def open_claim(
-  config: Config, source: BatchSource, folder: Path, jumped: int
+  config: Config,
+  source: BatchSource,
+  folder: Path,
+  runs: Sequence[Path],
+  jumped: int,
 ) -> tuple['Claim', Missing]:
-  """The run's claim on the store, and what its batches wait for.
+  """The job's claim on the store, and what its batches wait for.
 
-  jumped: rows that the run has gone around.
+  runs: the folders with its checkpoints; jumped: rows that it has gone around.
   """
-  claim = Claim(config, source, folder, jumped)
+  claim = Claim(config, source, folder, runs, jumped)
   return claim, _agreed_missing(source) if several() else source.missing
 
 
@@ -74,10 +78,15 @@ class Claim:
   """What a run may still need of a store with a budget; nothing otherwise."""
 
   def __init__(
-    self, config: Config, source: BatchSource, folder: Path, jumped: int
+    self,
+    config: Config,
+    source: BatchSource,
+    folder: Path,
+    runs: Sequence[Path],
+    jumped: int,
   ):
     self._config, self._source, self._folder = config, source, folder
-    self._jumped = jumped
+    self._runs, self._jumped = runs, jumped
     check(config, source, source.manifest, jumped)
     self._budget, self._told = source.manifest.keep_bytes, -1
 
@@ -87,7 +96,7 @@ class Claim:
     Raises UserError when they are gone, or the budget does not fit the run.
     """
     if is_first() and self._has_budget():
-      position = checkpoints.oldest_position(self._folder)
+      position = min(map(checkpoints.oldest_position, self._runs))
       self._tell(self._source.first_shard(position))
 
   def done(self) -> None:

@@ -9,8 +9,9 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,15 +20,15 @@ from jax.sharding import Mesh
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.models.sae import Norm
 from sae_jax.parallel import processes
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store import reader
 from sae_jax.store.batches import BatchSource, train_batches
 from sae_jax.store.manifest import store_fingerprint
-from sae_jax.train import growing, skipping
+from sae_jax.train import growing, rounds, skipping
 from sae_jax.train.checkpoints import Checkpoints
-from sae_jax.train.config import flatten, validate
+from sae_jax.train.config import flatten, plain_members, validate
+from sae_jax.train.members import Job, States, initial, make_job, members_of
 from sae_jax.train.progress import Progress
 from sae_jax.train.rows import (
   Ahead,
@@ -43,14 +44,15 @@ from sae_jax.train.run import (
   run_folder,
   write_config,
 )
-from sae_jax.train.state import State, abstract_state, init_state, steps_of
-from sae_jax.train.step import evaluate, make_step
+from sae_jax.train.state import steps_of
+from sae_jax.train.step import make_step
 from sae_jax.train.stopping import stop_signals
 
 
-def train(config: Config, run_dir: str) -> State:
+def train(config: Config, run_dir: str) -> States:
   """Trains one SAE as `config` says and leaves it in the run folder.
 
+  With config.members that many, each in a run folder of its own within it.
   Continues from the newest checkpoint of the folder, if there is one. All
   processes of a job call this. Raises UserError for what the user can mend (a
   loss that is not finite among it), SystemExit after SIGTERM (143) or Ctrl-C
@@ -58,6 +60,7 @@ def train(config: Config, run_dir: str) -> State:
   of its job died.
   """
   validate(config)
+  config = plain_members(config)
   if not processes.is_first():
     logging.set_verbosity(logging.WARNING)
   processes.check_same(_must_agree(config, run_dir))
@@ -70,28 +73,31 @@ def train(config: Config, run_dir: str) -> State:
     held_out = processes.agreed(lambda: held_out_rows(config))
   with (
     jax.set_mesh(mesh),
-    _locked(folder),
+    _locked(_runs(config, folder)),
     stop_signals() as stop_asked,  # in force until the last save is written
   ):
     stretch = None
     while True:
       try:
-        state, step = _run(
+        states, step = _run(
           config, folder, source, held_out, stop_asked, stretch
         )
         break
       except skipping.BadStretch as found:
         # Its traceback holds _run's frame: the whole state, a second time.
         stretch = found.with_traceback(None)
-        forget = functools.partial(skipping.forget, folder, found.began)
-        processes.agreed(forget)
+        for member in members_of(config, folder):
+          forget = functools.partial(
+            skipping.forget, member.folder, found.began
+          )
+          processes.agreed(forget)
         source = _open(config, run_dir)[1]
   rows = step * config.train.batch_rows
   if step < steps_of(config.train.rows, config.train.batch_rows):
     logging.info('stopped: saved at step %d (%d rows): %s', step, rows, folder)
     sys.exit(128 + stop_asked())
   logging.info('trained on %d rows: %s', rows, folder)
-  return state
+  return states
 
 
 def _run(
@@ -101,8 +107,8 @@ def _run(
   held_out: jax.Array | None,
   stop_asked: Callable[[], int],
   stretch: skipping.BadStretch | None,
-) -> tuple[State, int]:
-  """(state, step) at the end or where a stop was asked for, when it is saved.
+) -> tuple[States, int]:
+  """(states, step) at the end or where a stop was asked for, when it is saved.
 
   stretch: data to leave out on the way. Raises BadStretch for one that it
   finds; called again with it, it goes on behind it.
@@ -111,28 +117,36 @@ def _run(
   last = steps_of(c.rows, c.batch_rows)
   every = lambda rows: max(rows // c.batch_rows, 1) if rows else 0
   fingerprint = store_fingerprint(source.manifest, source.site.name)
+  job = make_job(config, folder, make_step)
+  runs = [m.folder for m in job.members]
   with (
-    Checkpoints(folder, c.keep, every(c.keep_rows)) as checkpoints,
+    rounds.opened(job.members, c.keep, every(c.keep_rows)) as checkpoints,
     processes.dies_with_its_job(),
   ):
-    state, position = restore_or_init(config, source, checkpoints, fingerprint)
-    start = int(state.step)
+    states, start, position = restore_or_init(
+      config, source, checkpoints, fingerprint, job
+    )
     if start > last:
       raise UserError(
         f'--workdir={folder} is at {start * c.batch_rows} rows already: give '
         f'--config.train.rows={start * c.batch_rows} or more'
       )
-    skips = skipping.restore(folder, start, c.max_skipped)
+    skips = [
+      skipping.restore(
+        m.folder, start, c.max_skipped, f'member {m.name}: ' if m.name else ''
+      )
+      for m in job.members
+    ]
     if stretch:
-      position = skips.jump(position, stretch)
+      position = skipping.jump(skips, position, stretch)
     jumped = position - start * c.batch_rows
-    claim, missing = growing.open_claim(config, source, folder, jumped)
+    claim, missing = growing.open_claim(config, source, folder, runs, jumped)
     processes.agreed(claim.tell)
     if processes.is_first():
-      write_config(folder, config)
-    step_fn = make_step(config)
-    progress = Progress(config, folder, start, skips)
-    progress.also = checkpoints.timings
+      for run, its in _runs(config, folder).items():
+        write_config(run, its)
+    progress = Progress(config, job.members, start, skips)
+    progress.also = [one.timings for one in checkpoints]
     read = skipping.readable(source, c.on_bad_block)
     batches = Ahead(train_batches(read, position_rows=position), source)
     pending = None
@@ -149,20 +163,22 @@ def _run(
         due = step > start and step % every(c.save_rows) == 0
         save = over or due or (ahead and step > start)
         if pending and save:  # nothing that is not finite is ever saved
-          progress.read(*pending)
+          _read(progress, job, *pending)
           pending = None
         if held_out is not None and (step > start or not start):
           if step == last or step % every(c.eval_rows) == 0:
-            progress.write(step, _evaluate(state, held_out))
+            progress.write(step, _evaluate(job, states, held_out))
         # Going back must lead behind what is being skipped.
-        save = save and (over or ahead or not skips.in_a_row)
-        if save and step != checkpoints.latest():
-          checkpoints.save(
-            step,
-            state,
-            dict(position=position, config=config.to_dict(), store=fingerprint)
-            | skips.record(),
-          )
+        save = save and (over or ahead or not any(s.in_a_row for s in skips))
+        if save and step != checkpoints[0].latest():
+          records = [
+            dict(
+              position=position, config=m.config.to_dict(), store=fingerprint
+            )
+            | its.record()
+            for m, its in zip(job.members, skips, strict=True)
+          ]
+          rounds.save(checkpoints, step, job, states, records)
           claim.tell()
         if ahead:
           growing.await_batch(source, missing, batch, claim, stop_asked)
@@ -171,44 +187,54 @@ def _run(
           break
         x = next_batch(batches, progress)
         position += c.batch_rows
-        state, metrics = step_fn(state, x)
+        states, metrics = job.step(states, x)
         if pending:
-          progress.read(*pending)
+          _read(progress, job, *pending)
         pending = (step + 1, metrics, position)
   if step < last:
     claim.tell()
   else:
     claim.done()
-  return state, step
+  return states, step
 
 
 def _open(config: Config, run_dir: str) -> tuple[Path, BatchSource, Mesh]:
   """The run's folder, its data and its devices, which fit together."""
   folder = run_folder(run_dir)
   if processes.is_first():
-    check_run(folder, config)
+    for run, its in _runs(config, folder).items():
+      check_run(run, its)
   if not processes.several():  # the store first: devices may take seconds
     source = open_source(config)
-    return folder, source, make_mesh(config.mesh.data, config.mesh.dict)
-  mesh = make_mesh(config.mesh.data, config.mesh.dict)
+    return folder, source, _mesh(config)
+  mesh = _mesh(config)
   if mesh.size != jax.device_count():
     raise UserError(
-      f'config.mesh: {config.mesh.data} x {config.mesh.dict} devices are not '
-      f'the {jax.device_count()} of {jax.process_count()} processes: change '
-      'config.mesh.data or config.mesh.dict'
+      f'config.mesh: {" x ".join(map(str, mesh.devices.shape))} devices are '
+      f'not the {jax.device_count()} of {jax.process_count()} processes: '
+      'change config.mesh.data or config.mesh.dict'
     )
   return folder, open_source(config, *processes.data_parts(mesh)), mesh
 
 
+def _mesh(config: Config) -> Mesh:
+  c = config.mesh
+  return make_mesh(c.data, c.dict, member=c.member)
+
+
+def _runs(config: Config, folder: Path) -> dict[Path, Config]:
+  """The config of each folder of a job: its own, and its members'."""
+  members = {m.folder: m.config for m in members_of(config, folder)}
+  return {folder: config} | members
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-  """Keeps other jobs out of the folder."""
+def _locked(folders: Iterable[Path]) -> Iterator[None]:
+  """Keeps other jobs out of the folders."""
   with contextlib.ExitStack() as stack:
-    if processes.is_first():
-      enter = lambda: stack.enter_context(lock(folder))
-    else:
-      enter = lambda: None
-    processes.agreed(enter)
+    for folder in folders:
+      enter = functools.partial(stack.enter_context, lock(folder))
+      processes.agreed(enter if processes.is_first() else lambda: None)
     yield
 
 
@@ -231,31 +257,40 @@ def _must_agree(config: Config, run_dir: str) -> dict:
 def restore_or_init(
   config: Config,
   source: BatchSource,
-  checkpoints: Checkpoints,
+  checkpoints: list[Checkpoints],
   fingerprint: str,
-) -> tuple[State, int]:
-  """(state, data position in rows) to go on from."""
-  found = checkpoints.restore_newest(abstract_state(config))
+  job: Job,
+) -> tuple[States, int, int]:
+  """(states, step, data position in rows) to go on from."""
+  found = rounds.restore_newest(checkpoints, job)
   if found is not None:
-    step, state, meta = found
-    check_restored(checkpoints.run_dir, meta['config'], config)
-    if meta['store'] != fingerprint:
+    step, states, records = found
+    for member, record in zip(job.members, records, strict=True):
+      check_restored(member.folder, record['config'], member.config)
+    if any(record['store'] != fingerprint for record in records):
       raise UserError(
         f'the store {config.store.path} is not the one this run was started '
         'on: give the old one, or take another --workdir'
       )
-    logging.info('going on from step %d (%d rows)', step, meta['position'])
-    return state, meta['position']
+    position = records[0]['position']
+    logging.info('going on from step %d (%d rows)', step, position)
+    return states, step, position
   mean, centred, raw = reader.normalizer(source.root, source.site.name)
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
-  scale = np.float32(math.sqrt(centred))
-  init = jax.jit(lambda mean, scale: init_state(config, Norm(mean, scale)))
-  state = init(np.asarray(mean, np.float32), scale)
-  checkpoints.prepare(state)
-  return state, 0
+  mean, scale = np.asarray(mean, np.float32), np.float32(math.sqrt(centred))
+  states = job.join(initial(m, mean, scale) for m in job.members)
+  for i, one in enumerate(checkpoints):
+    one.prepare(job.part(states, i))
+  return states, 0, 0
 
 
-def _evaluate(state: State, held_out: jax.Array) -> dict[str, float]:
-  values = jax.device_get(evaluate(state, held_out))
-  return {name: float(v) for name, v in values.items()}
+def _read(
+  progress: Progress, job: Job, step: int, metrics: Any, position: int
+) -> None:
+  progress.read(step, job.split(metrics), position)
+
+
+def _evaluate(job: Job, states: States, held_out: jax.Array) -> list[dict]:
+  found = jax.device_get(job.evaluate(states, held_out))
+  return [{name: float(v) for name, v in values.items()} for values in found]

@@ -21,6 +21,7 @@ from sae_jax.store import reader
 from sae_jax.store.batches import BatchSource
 from sae_jax.store.manifest import local_root, read_manifest
 from sae_jax.train import growing
+from sae_jax.train.config import stream_seed
 from sae_jax.train.progress import Progress
 
 AHEAD = 2  # batches that lie on the devices before their step
@@ -41,7 +42,7 @@ def open_source(
     readable = math.gcd(of, batch // manifest.rows_per_block)
     parts, of = sorted({p * readable // of for p in parts}), readable
   source = BatchSource(
-    c.path, c.site, batch, seed=config.seed, window=c.window,
+    c.path, c.site, batch, seed=stream_seed(config), window=c.window,
     parts=parts, of=of,
     check_sizes=config.train.on_bad_block == 'stop',
   )  # fmt: skip

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _FREE = (
 # values live on in the state: no running state fits other values.
 _FIXED = (
   'seed', 'store.', 'sae.', 'act.', 'train.batch_rows', 'optim.ema', 'optim.b1',
+  'members', 'name',
 )  # fmt: skip
 
 
@@ -62,7 +64,8 @@ def check_restored(run_dir: str | Path, old: dict, config: Config) -> None:
 
 def _check_change(folder: Path, old: dict, config: Config) -> None:
   changed = changed_keys(old, config.to_dict())
-  fixed = [key for key in changed if key.startswith(_FIXED)]
+  rule = lambda key: re.sub(r'^members\[\d+\]\.', '', key)
+  fixed = [key for key in changed if rule(key).startswith(_FIXED)]
   names = ', '.join(f'{k} {a!r} -> {b!r}' for k, (a, b) in changed.items())
   if fixed:
     cure = f'{", ".join(fixed)} cannot change within a run, take another folder'

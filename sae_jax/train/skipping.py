@@ -7,7 +7,7 @@ so all skip the same batch, on any mesh, without a word between them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,22 @@ class BadStretch(UserError):
 
   position: rows of the stream up to which it leaves out the data then;
   began: the last step before them; jumped_at: the step from which it had gone
-  around such rows before, if it had.
+  around such rows before, if it had; who: whose updates they were.
   """
 
-  def __init__(self, position: int, began: int, jumped_at: int | None):
+  def __init__(
+    self, position: int, began: int, jumped_at: int | None, who: str
+  ):
     super().__init__(f'the rows before row {position} of the stream are bad')
     self.position, self.began, self.jumped_at = position, began, jumped_at
+    self.who = who
 
 
 @dataclasses.dataclass
 class Skips:
-  """What was left out so far; the same in all processes."""
+  """What one SAE left out so far; the same in all processes."""
 
+  who: str  # 'member 03: ', or nothing
   most: int  # config.train.max_skipped
   start: int  # step of the last restore
   total: int = 0  # updates
@@ -52,31 +56,14 @@ class Skips:
     self.in_a_row = self.in_a_row + 1 if skipped else 0
     if skipped:
       logging.warning(
-        'step %d changes nothing: loss %g, gradient %g; %d in a row, %d in all',
-        step, values['train/loss'], values['train/grad_norm'], self.in_a_row,
+        '%sstep %d changes nothing: loss %g, gradient %g; %d in a row, %d in '
+        'all', self.who, step,
+        values['train/loss'], values['train/grad_norm'], self.in_a_row,
         self.total,
       )  # fmt: skip
     if self.in_a_row >= self.most:
-      raise BadStretch(position, step - self.in_a_row, self.jumped_at)
-
-  def jump(self, position: int, stretch: BadStretch) -> int:
-    """The position behind the stretch, for a run that was restored at
-    `position`. UserError when it has been there before."""
-    if stretch.jumped_at == self.start:
-      raise UserError(
-        f'{self.most} updates in a row (config.train.max_skipped) are not '
-        f'finite, again, after going back to step {self.start} and around rows '
-        f'{self.jumps or position} to {stretch.position}: lower '
-        'config.optim.lr, or check the store with launch/verify.py'
-      )
-    logging.warning(
-      '%d updates in a row are not finite: back to step %d, and on without the '
-      'rows %d to %d of the stream',
-      self.most, self.start, position, stretch.position,
-    )  # fmt: skip
-    self.jumps.append([position, stretch.position])
-    self.in_a_row, self.jumped_at = 0, self.start
-    return stretch.position
+      began = step - self.in_a_row
+      raise BadStretch(position, began, self.jumped_at, self.who)
 
   def record(self) -> dict[str, Any]:
     """For the checkpoint."""
@@ -87,12 +74,36 @@ class Skips:
     }
 
 
-def restore(run_dir: Path, step: int, most: int) -> Skips:
+def jump(every: Sequence[Skips], position: int, stretch: BadStretch) -> int:
+  """The position behind the stretch, for a job that was restored at
+  `position`: if one SAE of it must go back, all do. UserError when it has been
+  there before."""
+  first = every[0]
+  if stretch.jumped_at == first.start:
+    raise UserError(
+      f'{stretch.who}{first.most} updates in a row (config.train.max_skipped) '
+      f'are not finite, again, after going back to step {first.start} and '
+      f'around rows {first.jumps or position} to {stretch.position}: lower '
+      'config.optim.lr, or check the store with launch/verify.py'
+    )
+  logging.warning(
+    '%s%d updates in a row are not finite: back to step %d, and on without the '
+    'rows %d to %d of the stream',
+    stretch.who, first.most, first.start, position, stretch.position,
+  )  # fmt: skip
+  for skips in every:
+    skips.jumps.append([position, stretch.position])
+    skips.in_a_row, skips.jumped_at = 0, skips.start
+  return stretch.position
+
+
+def restore(run_dir: Path, step: int, most: int, who: str = '') -> Skips:
   """What the checkpoint of `step` says, if there is one."""
   if step not in checkpoints.kept_steps(run_dir):
-    return Skips(most, step)
+    return Skips(who, most, step)
   meta = checkpoints.read_meta(run_dir, step)
   return Skips(
+    who,
     most,
     step,
     meta.get('skipped', 0),

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sae_jax.parallel.mesh import DATA, DICT
 from sae_jax.parallel.mesh import P as Spec
 from sae_jax.parallel.processes import several
 
@@ -67,7 +66,7 @@ def _in_any_process(here: Callable[[], int]) -> Callable[[], int]:
       number = np.full(1, here(), np.int32)
       mesh = jax.sharding.get_mesh()
       parts = [jax.device_put(number, d) for d in mesh.local_devices]
-      sharding = NamedSharding(mesh, Spec((DATA, DICT)))
+      sharding = NamedSharding(mesh, Spec(mesh.axis_names))
       under_way.append(
         largest(
           jax.make_array_from_single_device_arrays(

@@ -25,6 +25,7 @@ from sae_jax.parallel.mesh import (
   DICT,
   latent_specs,
   manual,
+  on_each_device,
   sum_latents,
   vary,
   vary_like,
@@ -126,7 +127,7 @@ def step(
   specs = After(
     P(), each, latent_specs(params, False), latent_specs(rows, False), P(), P()
   )  # type: ignore
-  return jax.shard_map(local, out_specs=specs)(*arguments)
+  return on_each_device(local, specs)(*arguments)
 
 
 def _pad_to(a, like):
