@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from machine import cpu, fast_mkl
 from ml_collections import ConfigDict
 
 from sae_jax import cli
@@ -47,9 +47,6 @@ _JOB_ROWS = flags.DEFINE_integer('job_rows', 16_384, 'Rows that it writes.', 1)
 _SIDE = flags.DEFINE_enum('side', None, ['ours', 'torch'], 'Internal.')
 _OUT = flags.DEFINE_string('out', None, 'Internal: activations of a side.')
 
-# An AMD processor gets MKL's slower kernels unless MKL's own question, whether
-# this is an Intel one, is answered with yes.
-MKL_SAYS_INTEL = 'int mkl_serv_intel_cpu_true(void) { return 1; }\n'
 TOLERANCE = {'float32': 1e-3, 'bfloat16': 5e-2}  # of the vectors' lengths
 REST = 0.3  # seconds before a round: the other sides' threads stop spinning
 
@@ -191,7 +188,7 @@ def bench() -> dict:
     if library:
       sides['torch_mkl'] = {'LD_PRELOAD': str(library)}
     else:
-      skipped['torch_mkl'] = skipped.get('torch', 'there is no gcc')
+      skipped['torch_mkl'] = skipped.get('torch', 'there is no cc')
     asked = {}
     for name, environment in sides.items():
       out = Path(folder) / f'{name}.npy'
@@ -202,17 +199,6 @@ def bench() -> dict:
       for name, ask in asked.items():
         seconds[name].append(ask())
   return report(seconds, skipped)
-
-
-def fast_mkl(folder: Path) -> Path | None:
-  """A library to preload that turns MKL's fast path on; None without gcc."""
-  gcc = shutil.which('gcc')
-  if gcc is None:
-    return None
-  source, library = folder / 'intel.c', folder / 'intel.so'
-  source.write_text(MKL_SAYS_INTEL)
-  subprocess.run([gcc, '-shared', '-fPIC', '-o', library, source], check=True)
-  return library
 
 
 @contextlib.contextmanager
@@ -279,15 +265,6 @@ def report(seconds: dict[str, list[float]], skipped: dict[str, str]) -> dict:
   for name, why in skipped.items():
     print(f'{name:12}  skipped: {why}')
   return result | {'skipped': skipped}
-
-
-def cpu() -> str:
-  """The processor's name and how many cores this process may use."""
-  found = None
-  with contextlib.suppress(OSError):  # /proc is Linux's
-    found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-  name = found[1] if found else 'unknown processor'
-  return f'{name}, {len(os.sched_getaffinity(0))} cores'
 
 
 def _installed(package: str) -> bool:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import resource
 import shutil
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from machine import cpu
 
 from sae_jax import cli
 from sae_jax.errors import UserError
@@ -350,14 +350,6 @@ def report(name: str, rounds: list[tuple[dict, float]]) -> dict:
     f'{figure["peak_mb"]:9.0f}', flush=True,
   )  # fmt: skip
   return figure
-
-
-def cpu() -> str:
-  """The processor's name and how many cores this process may use."""
-  info = Path('/proc/cpuinfo')  # Linux's
-  found = info.exists() and re.search('model name\\s*: (.*)', info.read_text())
-  name = found[1] if found else 'unknown processor'
-  return f'{name}, {len(os.sched_getaffinity(0))} cores'
 
 
 ROLES = {

@@ -29,6 +29,10 @@ export SLURM_KILL_BAD_EXIT=0
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] ||
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
+# glibc puts large arrays into huge pages: on CPUs a training step writes
+# gigabytes of fresh ones, and is 10-30% faster. Other libcs ignore it.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 # A signal is for the tasks, which Slurm sends it too; this script waits.
 trap : TERM INT
 srun bash -c "$TASK" task "$@" &

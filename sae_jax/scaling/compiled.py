@@ -74,8 +74,13 @@ def compile_step(
   """Compiles make_step(config) for the mesh's devices, here or not; the rows
   of its batch are of `dtype`.
 
-  Raises UserError where CUDA's assembler is missing.
+  Raises UserError where CUDA's assembler is missing, and for sparse codes.
   """
+  if config.train.codes == 'sparse':
+    raise UserError(
+      'config.train.codes=sparse: how often its loops run depends on the rows, '
+      'so its work cannot be counted: plan with config.train.codes=dense'
+    )
   step, arguments = make_step(config), abstract_arguments(config, mesh, dtype)
   gpu = mesh.devices.flat[0].platform == 'gpu'
   # JAX looks for a GPU to learn whose 'gpu' is; tuning would run kernels on it.

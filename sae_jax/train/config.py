@@ -156,6 +156,14 @@ def validate(config: Config) -> None:
           f'batchtopk selects at most {MOST_SELECTED} entries of a batch: '
           'lower one of them'
         )
+  aimed = config.act.k
+  if config.act.name == 'jumprelu':
+    aimed = config.loss.target_l0
+  if config.train.budget and config.train.budget < aimed:
+    raise UserError(
+      f'config.train.budget={config.train.budget} candidates a row are fewer '
+      f'than the {aimed:g} active latents aimed at: give more, or 0'
+    )
   if config.loss.dead_rows > SATURATED:
     raise UserError(
       f'config.loss.dead_rows={config.loss.dead_rows}: rows since a latent '

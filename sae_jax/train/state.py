@@ -20,10 +20,11 @@ from sae_jax.models.sae import SAE, Norm
 from sae_jax.parallel.mesh import DICT, platform, spec, split_latents
 from sae_jax.train import optim
 
-# K / F above one in so many: the dense rule is faster. Measured on a CPU, from
-# bytes and FLOPs elsewhere (docs/performance.md).
 ACTIVE = 64  # latents a row that a JumpReLU without a target is taken to have
-DENSE_FROM = {'cpu': 40, 'default': 512}
+# The sparse rule is faster from so many latents for an active one. Measured
+# on CPUs; nobody has measured ours on an accelerator: dense there unless asked
+# (docs/performance.md has the bytes and FLOPs).
+SPARSE_FROM = {'cpu': 40}
 
 
 class State(struct.PyTreeNode):
@@ -116,8 +117,8 @@ def candidates(config: Config, on: str | None = None) -> int:
     k = config.loss.target_l0 or ACTIVE
   most = c.budget or (k if config.act.name == 'topk' else 4 * k)
   most = min(max(math.ceil(most / config.mesh.dict), 1), F)
-  crossover = DENSE_FROM.get(on or platform(), DENSE_FROM['default'])
-  if c.codes == 'dense' or (c.codes == 'auto' and k * crossover > F):
+  least = SPARSE_FROM.get(on or platform(), math.inf)
+  if c.codes == 'dense' or (c.codes == 'auto' and k * least > F):
     return 0
   return most
 

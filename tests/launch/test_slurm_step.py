@@ -97,3 +97,14 @@ def test_gives_up_when_slurmctld_stays_away(tmp_path):
   assert done.returncode == 75
   assert len(calls) > 2 and set(calls) == {'show', 'sleep'}
   assert 'no answer from slurmctld: submit it again' in done.stderr
+
+
+@pytest.mark.parametrize('given', ['', 'glibc.malloc.check=1'])
+def test_tasks_get_huge_pages_unless_told_otherwise(
+  tmp_path, monkeypatch, given
+):
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  if given:
+    monkeypatch.setenv('GLIBC_TUNABLES', given)
+  done, _ = step(tmp_path, 'echo "has $GLIBC_TUNABLES"')
+  assert f'has {given or "glibc.malloc.hugetlb=1"}\n' in done.stdout

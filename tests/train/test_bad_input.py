@@ -30,6 +30,8 @@ BAD = {
     ['latents=65', 'zero1'],
   ),
   'dtype': (['--config.train.compute_dtype=bf16'], ["'bfloat16'"]),
+  'codes': (['--config.train.codes=sparce'], ["'sparse'"]),
+  'budget': (['--config.train.budget=3'], ['budget=3', 'active latents']),
   'no evaluation rows': (['--config.train.eval_size=0'], ['eval_size=0']),
   'eps': (['--config.optim.eps=0.0'], ['optim.eps=0.0']),
   'not finite': (['--config.optim.lr=inf'], ['optim.lr=inf']),

@@ -12,7 +12,9 @@ from sae_jax.train.config import base_config
 B, D, F, K, AUX_K = 256, 16, 1024, 4, 8
 SCALARS = 16  # all-reduced, a micro-batch
 VECTORS = 3  # of D elements, a micro-batch: biases of the decoder
-COUNTS = 2 * 64  # of BatchTopK, a micro-batch: 32 rounds, and those for ties
+# Of BatchTopK, a micro-batch: 32 rounds and those for ties, in two sums; of its
+# list of candidates as many in one.
+COUNTS = 3 * 64
 
 
 def _sent(config, data, dict_):
