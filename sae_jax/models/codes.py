@@ -155,14 +155,14 @@ def top_k(
     found = _best(z, k)
     if not aux_k:
       return found, None
-    at, value = _best(jnp.where(dead, z, -jnp.inf), aux_k)
-    return found, (at, value)
+    assert dead is not None
+    return found, _best(jnp.where(dead, z, -jnp.inf), aux_k)
 
   main, aux = _in_chunks(of_chunk, n, len(s.b_enc))
-  rows = _of_all_shards(*main, k, s)
+  rows = _of_all_shards(main, k, s)
   if aux is None:
     return rows, None
-  rest = _of_all_shards(*aux, aux_k, s)
+  rest = _of_all_shards(aux, aux_k, s)
   alive = jnp.isneginf(rest.z)  # fewer than aux_k are dead
   index = jnp.where(alive, len(s.b_enc), rest.index)
   return rows, Rows(index, jnp.where(alive, 0, rest.z))
@@ -174,9 +174,10 @@ def _best(z, k):
   return index, jnp.take_along_axis(z, index, 1)
 
 
-def _of_all_shards(index, z, k, s: SAE) -> Rows:
+def _of_all_shards(found, k, s: SAE) -> Rows:
   """Of the shards' candidates those that are the rows' k largest; the others
   are none. They come first: each shard's are in order."""
+  index, z = found
   if manual(DICT):
     kept = select.best_of_shards(z, index, k, len(s.b_enc))
     index = jnp.where(kept, index, len(s.b_enc))

@@ -212,7 +212,7 @@ def _last_of_candidates(value, index, k, latents):
   return _key(value[..., -1:]), index
 
 
-def _last_by_counts(z, k, rows, latents, here=None, F=None):
+def _last_by_counts(z, k, rows, latents, here=None, F=0):
   """(key, latent) [..., 1] of each row's k-th entry, by bisection.
 
   here: the entries' latents, of F in all; of z [..., F] by default.

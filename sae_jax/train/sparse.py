@@ -13,7 +13,7 @@ from jax import lax
 from sae_jax.models import activations, codes, objectives
 from sae_jax.models.activations import BatchTopK, JumpReLU, TopK
 from sae_jax.models.codes import Codes, Entries, Rows
-from sae_jax.models.objectives import AuxK, Penalty, Terms, Variables
+from sae_jax.models.objectives import AuxK, L0Penalty, Penalty, Terms, Variables
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
 from sae_jax.parallel.mesh import (
@@ -63,27 +63,27 @@ def find(
     flat, active, over = codes.above(s, n, floor, theta, budget, dtype)
     l0 = mean_rows(sum_latents(active / len(n))[None])
     return Found(flat, None, l0, anywhere(over))
-  return _batch_top_k(s, n, budget, dtype)
+  return _batch_top_k(s, s.act, n, budget, dtype)
 
 
-def _batch_top_k(s: SAE, n, budget, dtype) -> Found:
+def _batch_top_k(s: SAE, act: BatchTopK, n, budget, dtype) -> Found:
   """The k B largest of what exceeds most of the last batches' threshold.
 
   `over` too when these candidates are fewer: the threshold fell by a third.
   """
   B, F = len(n), len(s.b_enc)
-  floor = jnp.full_like(s.b_enc, s.act.theta * (2 / 3))
+  floor = jnp.full_like(s.b_enc, act.theta * (2 / 3))
   flat, _, over = codes.above(s, n, floor, floor, budget, dtype)
   rows, row = _places(B, flat.row, DATA)
   latents, latent = _places(F, flat.index, DICT)
   used = jnp.arange(len(flat.z)) < flat.count
-  z, most = jnp.where(used, flat.z, -jnp.inf), s.act.k * rows
+  z, most = jnp.where(used, flat.z, -jnp.inf), act.k * rows
   mask = used & select.largest_of_list(z, row, latent, most, (rows, latents))
   short = lax.psum(flat.count, vary_like(flat.z)) < most
   flat = flat._replace(
     index=jnp.where(mask, flat.index, F), z=jnp.where(mask, flat.z, 0)
   )
-  return Found(flat, None, jnp.float32(s.act.k), anywhere(over) | short)
+  return Found(flat, None, jnp.float32(act.k), anywhere(over) | short)
 
 
 def _places(n, index, axis):
@@ -188,7 +188,8 @@ def exact(
   """
   grad = jax.value_and_grad(objectives.loss, has_aux=True)
   whole = isinstance(s.act, BatchTopK)
-  lines = penalties if whole else tuple(p.tangent(l0) for p in penalties)
+  of_l0 = [p for p in penalties if isinstance(p, L0Penalty)]
+  lines = penalties if whole else tuple(p.tangent(l0) for p in of_l0)
 
   def part(n):
     (loss, terms), grads = grad(
@@ -199,7 +200,7 @@ def exact(
   if whole:
     return part(n)
   _, terms, grads = mean_of_parts(part, n, codes.chunks(len(n), len(s.b_enc)))
-  penalty = sum((p.of(l0, ramp) for p in penalties), jnp.zeros_like(terms.mse))
+  penalty = sum((p.of(l0, ramp) for p in of_l0), jnp.zeros_like(terms.mse))
   return terms.mse + penalty, terms._replace(penalty=penalty), grads
 
 

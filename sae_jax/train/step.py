@@ -109,6 +109,7 @@ def make_update(
     """The update of the rows that the batch touches, in place."""
     before: Any = learned(state.sae)
     nu, count = (optax.tree.get(state.opt, k) for k in ('nu', 'count'))
+    assert state.touched is not None
     rows = touch.Rows(
       before.W_enc, before.W_dec, nu.W_enc, nu.W_dec, state.touched
     )
@@ -119,7 +120,8 @@ def make_update(
     )  # fmt: skip
     bare = lambda s: s.replace(W_enc=None, W_dec=None)
     opt = optax.tree.set(state.opt, nu=bare(nu))
-    updates, opt = optimizer.update(out.small, opt, bare(before))
+    small: Any = out.small  # optax's annotations know no dataclasses
+    updates, opt = optimizer.update(small, opt, bare(before))
     after = jax.tree.map(lambda a, u: a - lr * u, bare(before), updates)
     new, full = out.rows, lambda s, a, b: s.replace(W_enc=a, W_dec=b)
     after = full(after, new.W_enc, new.W_dec)

@@ -7,6 +7,7 @@ at a time, and updates their rows in place: no gradient [F, D] ever exists.
 Equal to `optim.update` but for rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,8 +98,8 @@ def step(
 
     def few(rows):
       rest = tuple(p for p in penalties if not isinstance(p, AuxK))
-      out = sparse.of_code(params, n, n, found, rest, dead, ramp)
-      return _after_sums(*out, rows, adam)
+      loss, terms, sums = sparse.of_code(params, n, n, found, rest, dead, ramp)
+      return _after_sums((loss, terms, sums), rows, adam)
 
     def everything(rows):
       loss, terms, grads = sparse.exact(
@@ -113,20 +114,19 @@ def step(
       found = sparse.find(params, n, (), dead, budget, dtype)
       return lax.cond(found.over | (any_dead & aux), everything, few, rows)
     if not aux:
-      return _after_sums(*by_code(penalties), rows, adam)
+      return _after_sums(by_code(penalties), rows, adam)
     like = jax.eval_shape(lambda: by_code(penalties))
     padded = lambda: jax.tree.map(_pad_to, by_code(()), like)
     out = lax.cond(any_dead, lambda: by_code(penalties), padded)
-    return _after_sums(*out, rows, adam)
+    return _after_sums(out, rows, adam)
 
   params = params.replace(W_enc=None, W_dec=None)
   arguments = params, norm, x, penalties, dead, ramp, rows, adam
   if jax.sharding.get_abstract_mesh().empty:
     return local(*arguments)
-  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())
-  specs = After(
-    P(), each, latent_specs(params, False), latent_specs(rows, False), P(), P()
-  )  # type: ignore
+  split = lambda tree: latent_specs(tree, False)
+  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
+  specs: Any = After(P(), each, split(params), split(rows), P(), P())  # type: ignore
   return on_each_device(local, specs)(*arguments)
 
 
@@ -139,7 +139,8 @@ def _pad_to(a, like):
   return vary(a, *varying(like))
 
 
-def _after_sums(loss, terms, sums: Sums, rows: Rows, adam: Adam) -> After:
+def _after_sums(out, rows: Rows, adam: Adam) -> After:
+  loss, terms, sums = out
   e, largest = sums.entries, lambda a: jnp.abs(a).max()
   # No sum of gradients exceeds this: known before the first row changes.
   bound = jnp.abs(e.f).sum() * largest(sums.g)
@@ -167,8 +168,8 @@ def _after(loss, terms, small, rows: Rows, squares, good) -> After:
 
 
 def _finite(*tree) -> jax.Array:
-  bad = sum((~jnp.isfinite(a)).sum() for a in jax.tree.leaves(tree))
-  return ~sparse.anywhere(bad > 0)
+  bad = [~jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]
+  return ~sparse.anywhere(functools.reduce(jnp.logical_or, bad))
 
 
 def caught_up(opt: Any, touched: jax.Array, b2: float) -> Any:
@@ -180,7 +181,7 @@ def caught_up(opt: Any, touched: jax.Array, b2: float) -> Any:
   )
 
 
-def lagging(nu: jax.Array, touched: jax.Array, done: jax.Array, b2: float):
+def lagging(nu: jax.Array, touched: jax.Array, done: jax.Array, b2):
   """Second moments nu [F, .] of rows decayed up to `touched`, up to `done`."""
   factor = jnp.where(touched < done, b2 ** (done - touched), 1.0)
   return nu * factor[:, None].astype(nu.dtype)
@@ -250,7 +251,7 @@ def _walk(rows: Rows, of_block: Callable, count, adam: Adam):
     rows, squares = carry
     at, *g = of_block(b)
     old = Rows(*(a.at[at].get(mode='fill', fill_value=0) for a in rows))
-    new, here = _update_rows(old, *g, adam)
+    new, here = _update_rows(old, g[0], g[1], adam)
     put = lambda a, x: a.at[at].set(x, mode='drop', indices_are_sorted=True)
     return Rows(*map(put, rows, new)), squares + here
 
