@@ -53,6 +53,8 @@ def _check(found, expected, tol=2e-3):
 
 @pytest.mark.parametrize('name', CASES)
 def test_200_steps_are_those_of_the_dense_rule(mesh, name):
+  if mesh.size > 1 and name in ('jumprelu_log', 'topk', 'batchtopk_aux'):
+    pytest.skip('the others have all of its collectives')
   if name not in _dense:
     with jax.set_mesh(make_mesh(1, 1)):
       _dense[name] = _run(_case(name, 'dense'))
@@ -78,8 +80,10 @@ def test_more_candidates_than_fit_take_the_dense_rule(mesh):
   assert 0 < share < 1
 
 
-@pytest.mark.parametrize('name', ['topk_aux', 'jumprelu', 'batchtopk'])
-@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize(
+  'name, value',
+  [('topk_aux', np.nan), ('jumprelu', np.inf), ('batchtopk', np.nan)],
+)
 def test_nothing_changes_where_a_row_is_not_finite(mesh, name, value):
   config = _case(name, 'sparse', mesh.axis_sizes)
   s = jax.jit(lambda norm: state.init_state(config, norm))(_norm())
