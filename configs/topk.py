@@ -43,6 +43,9 @@ def openai(c: Config) -> Config:
 def demo(c: Config) -> Config:
   """Minutes on a laptop; Adam without a first moment, like our JumpReLU."""
   c.store.path = cache_dir('stores', 'smollm2')
+  # The k largest of many random latents overshoot: nearer to the best scale
+  # (docs/performance.md).
+  c.sae.encoder_norm = 0.45
   c.act.k = 32
   c.loss.dead_rows = 100_000
   c.optim.lr = 1e-3

@@ -121,6 +121,10 @@ def make_config(a: argparse.Namespace) -> Config:
   c = base_config()
   c.sae.d_in, c.sae.latents = a.d, a.latents
   c.act.name, c.act.k = a.activation, a.k
+  if a.activation != 'jumprelu':
+    c.sae.encoder_norm = (
+      0.45  # as configs/topk.py:demo; sparsify starts at 0.58
+    )
   c.loss.aux_coef = a.auxk
   c.loss.aux_k = min(c.loss.aux_k, a.latents)
   c.optim.lr, c.optim.b1 = a.lr, a.b1  # no warm-up, no decay: constant

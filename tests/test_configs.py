@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TRAINING = [
   'jumprelu.py', 'jumprelu.py:gemma_scope', 'jumprelu.py:million',
-  'jumprelu.py:demo',
+  'jumprelu.py:demo', 'jumprelu.py:demo_members',
   'topk.py', 'topk.py:openai', 'topk.py:demo',
   'batchtopk.py', 'batchtopk.py:bussmann', 'batchtopk.py:demo',
 ]  # fmt: skip
@@ -62,7 +62,7 @@ def test_every_harvest_recipe_is_valid(recipe):
 
 
 def test_no_recipe_is_left_out_here():
-  tested = {name.split(':')[0] for name in TRAINING} | {'harvest.py'}
+  tested = {name.split(':')[0] for name in TRAINING} | {'harvest.py', 'run.py'}
   assert {path.name for path in CONFIGS.glob('*.py')} == tested
 
 

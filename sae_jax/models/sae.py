@@ -110,9 +110,11 @@ def init(
   norm_in: Norm,
   norm_out: Norm | None = None,
   pre_bias: bool = True,
+  encoder_norm: float = 1.0,
   dtype=jnp.float32,
 ) -> SAE:
-  """A fresh autoencoder: unit-norm random W_dec, W_enc = W_dec, zero biases.
+  """A fresh autoencoder: unit-norm random W_dec, zero biases, and W_enc = W_dec
+  times `encoder_norm`.
 
   He-uniform rows scaled to unit norm (arXiv 2408.05147, section 3); the
   dictionary is born sharded over `dict` when called under a mesh.
@@ -124,7 +126,7 @@ def init(
   )
   W = unit_rows(W)
   return SAE(
-    W_enc=W,
+    W_enc=W * encoder_norm,
     b_enc=jnp.zeros_like(W[:, 0]),
     W_dec=W,
     b_dec=jnp.zeros(width, dtype),

@@ -23,7 +23,8 @@ BAD_BLOCKS = ('stop', 'skip')
 COMPUTE_DTYPES = ('float32', 'bfloat16')
 CODES = ('auto', 'sparse', 'dense')
 _POSITIVE = (
-  'store.window', 'sae.d_in', 'sae.latents', 'act.k', 'act.bandwidth',
+  'store.window', 'sae.d_in', 'sae.latents', 'sae.encoder_norm', 'act.k',
+  'act.bandwidth',
   'loss.dead_rows', 'optim.lr', 'optim.eps', 'train.rows', 'train.batch_rows',
   'train.micro_batches', 'train.log_rows', 'train.save_rows', 'train.keep',
   'train.eval_size', 'mesh.data', 'mesh.dict', 'mesh.member',
@@ -70,6 +71,7 @@ def base_config() -> Config:
   c.sae.latents = 4096  # F
   c.sae.center = True  # subtract the store's mean vector
   c.sae.pre_bias = True  # encode n - b_dec
+  c.sae.encoder_norm = 1.0  # of W_enc's first rows; those of W_dec have norm 1
 
   c.act = ConfigDict()
   c.act.name = 'jumprelu'  # or 'topk', 'batchtopk'

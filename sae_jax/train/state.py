@@ -144,6 +144,7 @@ def init_state(config: Config, norm: Norm) -> State:
     act=make_activation(config.act, F),
     norm_in=norm,
     pre_bias=config.sae.pre_bias,
+    encoder_norm=config.sae.encoder_norm,
   )
   params: Any = learned(s)  # optax's annotations know no dataclasses
   updated = split_latents(params, config.mesh.zero1)

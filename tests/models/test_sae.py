@@ -85,6 +85,16 @@ def test_folding_with_another_output_norm():
   np.testing.assert_allclose(s.fold().decode(f), s.decode(f), atol=5e-5)
 
 
+def test_encoder_norm_scales_the_first_rows_of_the_encoder():
+  norm = Norm(jnp.zeros(8), jnp.ones(()))
+  s = saes.init(
+    jax.random.key(0), latents=16, act=TopK(2), norm_in=norm,
+    encoder_norm=0.45,
+  )  # fmt: skip
+  np.testing.assert_allclose(s.W_enc, 0.45 * s.W_dec, rtol=1e-6)
+  np.testing.assert_allclose(jnp.linalg.norm(s.W_dec, axis=1), 1, rtol=1e-6)
+
+
 def test_init_is_tied_unit_norm_and_the_same_on_every_mesh(mesh):
   make = lambda: saes.init(
     jax.random.key(1),
