@@ -23,7 +23,7 @@ from sae_jax.train.state import State, abstract_state, final_sae
 # arrays nor the trajectory.
 _FREE = (
   'mesh.', 'train.log_rows', 'train.save_rows', 'train.keep', 'train.eval_',
-  'train.resume', 'store.path', 'distributed.',
+  'train.resume', 'train.codes', 'train.budget', 'store.path', 'distributed.',
 )  # fmt: skip
 # Keys that give the arrays their meaning or the batches their order, or whose
 # values live on in the state: no running state fits other values.
