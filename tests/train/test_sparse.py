@@ -42,6 +42,13 @@ def _run(config, steps=200):
   return jax.device_get(s), history
 
 
+def _by_the_dense_rule(name, steps):
+  if (name, steps) not in _dense:
+    with jax.set_mesh(make_mesh(1, 1)):
+      _dense[name, steps] = _run(_case(name, 'dense'), steps)
+  return _dense[name, steps]
+
+
 def _check(found, expected, tol=2e-3):
   (s, history), (t, past) = found, expected
   for key in ('train/loss', 'train/l0', 'train/grad_norm', 'train/dead'):
@@ -55,12 +62,11 @@ def _check(found, expected, tol=2e-3):
 def test_200_steps_are_those_of_the_dense_rule(mesh, name):
   if mesh.size > 1 and name in ('jumprelu_log', 'topk', 'batchtopk_aux'):
     pytest.skip('the others have all of its collectives')
-  if name not in _dense:
-    with jax.set_mesh(make_mesh(1, 1)):
-      _dense[name] = _run(_case(name, 'dense'))
-  found = _run(_case(name, 'sparse', mesh.axis_sizes))
-  _check(found, _dense[name])
-  assert all(m['train/dense'] == 1 for m in _dense[name][1])
+  steps = 200 if mesh.size == 1 else 40
+  expected = _by_the_dense_rule(name, steps)
+  found = _run(_case(name, 'sparse', mesh.axis_sizes), steps)
+  _check(found, expected)
+  assert all(m['train/dense'] == 1 for m in expected[1])
   share = np.mean([m['train/dense'] for m in found[1]])
   if name.startswith('batchtopk'):  # dense at first, with AuxK at work always
     assert share == 1 if name.endswith('_aux') else share < 0.5
@@ -71,11 +77,8 @@ def test_200_steps_are_those_of_the_dense_rule(mesh, name):
 def test_more_candidates_than_fit_take_the_dense_rule(mesh):
   """Some batches overflow the list: same trajectory, and the share is told."""
   name = 'jumprelu_quadratic'
-  if name not in _dense:
-    with jax.set_mesh(make_mesh(1, 1)):
-      _dense[name] = _run(_case(name, 'dense'))
-  found = _run(_case(name, 'sparse', mesh.axis_sizes, train_budget=24))
-  _check(found, _dense[name])
+  found = _run(_case(name, 'sparse', mesh.axis_sizes, train_budget=24), 40)
+  _check(found, _by_the_dense_rule(name, 40))
   share = np.mean([m['train/dense'] for m in found[1]])
   assert 0 < share < 1
 
