@@ -81,7 +81,9 @@ def compile_step(
       'config.train.codes=sparse: how often its loops run depends on the rows, '
       'so its work cannot be counted: plan with config.train.codes=dense'
     )
-  step, arguments = make_step(config), abstract_arguments(config, mesh, dtype)
+  arguments = abstract_arguments(config, mesh, dtype)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    step = make_step(config)  # it asks the mesh what it is for
   gpu = mesh.devices.flat[0].platform == 'gpu'
   # JAX looks for a GPU to learn whose 'gpu' is; tuning would run kernels on it.
   platforms = ('cuda',) if gpu else None
