@@ -6,7 +6,7 @@ What must exist and must move; a compiler may need more, hardly less.
 from typing import NamedTuple
 
 from sae_jax.config import Config
-from sae_jax.models.codes import chunk_rows
+from sae_jax.models.candidates import chunk_rows
 from sae_jax.parallel import select
 from sae_jax.parallel.collectives import Collective
 from sae_jax.parallel.mesh import DATA, DICT

@@ -285,6 +285,9 @@ def _restore(
   here, there = integrity.named(abstract), record['shapes']
   if isinstance(abstract, dict):  # some parts, whole
     there = {k: v for k, v in there.items() if k.split('.')[0] in abstract}
+  names, young = list(here), None
+  if 'touched' not in there:
+    young = here.pop('touched', None)
   what = f'the checkpoint of step {step} in {run_dir}'
   integrity.check_shapes(there, integrity.shapes(here), what)
   leaves: dict[str, jax.Array] = {}
@@ -302,8 +305,19 @@ def _restore(
   off = integrity.differing(leaves, record['sums'])
   if off:
     raise Damaged(f'{", ".join(off)}: not the values that were saved')
-  tree = jax.tree.structure(abstract).unflatten(leaves.values())
+  if young is not None:
+    leaves['touched'] = _all_up_to_date(leaves, young)
+  tree = jax.tree.structure(abstract).unflatten(leaves[n] for n in names)
   return tree, record
+
+
+def _all_up_to_date(leaves: dict[str, jax.Array], like: Any) -> jax.Array:
+  """`State.touched` for a checkpoint of before there was one: the moments of
+  all rows had decayed up to the last update."""
+  (count,) = (x for name, x in leaves.items() if name.endswith('.count'))
+  value = np.asarray(jax.device_get(count))
+  part = lambda index: np.broadcast_to(value, like.shape)[index]
+  return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _agree(fault: str) -> None:

@@ -5,8 +5,6 @@ its rows by its latents, micro-batch after micro-batch, and only the sum of
 all goes over `data`, once a step.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -82,6 +80,5 @@ def gradients(
 
   if jax.sharding.get_abstract_mesh().empty:
     return local(params, norm, x, penalties, dead, ramp)
-  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
-  specs = P(), each, latent_specs(params, scatter)
+  specs = P(), sparse.TERMS, latent_specs(params, scatter)
   return on_each_device(local, specs)(params, norm, x, penalties, dead, ramp)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from sae_jax.models import activations, codes, objectives
+from sae_jax.models import activations, candidates, codes, objectives
 from sae_jax.models.activations import BatchTopK, JumpReLU, TopK
 from sae_jax.models.codes import Codes, Entries, Rows
 from sae_jax.models.objectives import AuxK, L0Penalty, Penalty, Terms, Variables
@@ -26,6 +27,9 @@ from sae_jax.parallel.mesh import (
   vary_like,
   varying,
 )
+
+# How the terms of a batch lie on the mesh.
+TERMS: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
 
 
 class Found(NamedTuple):
@@ -56,11 +60,11 @@ def find(
   aux_k = sum(p.k for p in penalties if isinstance(p, AuxK))
   no = jnp.bool(False)
   if isinstance(s.act, TopK):
-    code, aux = codes.top_k(s, n, s.act.k, dead, aux_k, dtype)
+    code, aux = candidates.top_k(s, n, s.act.k, dead, aux_k, dtype)
     return Found(code, aux, jnp.float32(s.act.k), no)
   if isinstance(s.act, JumpReLU):
     floor, theta = activations.floor(s.act), s.act.theta
-    flat, active, over = codes.above(s, n, floor, theta, budget, dtype)
+    flat, active, over = candidates.above(s, n, floor, theta, budget, dtype)
     l0 = mean_rows(sum_latents(active / len(n))[None])
     return Found(flat, None, l0, anywhere(over))
   return _batch_top_k(s, s.act, n, budget, dtype)
@@ -73,7 +77,7 @@ def _batch_top_k(s: SAE, act: BatchTopK, n, budget, dtype) -> Found:
   """
   B, F = len(n), len(s.b_enc)
   floor = jnp.full_like(s.b_enc, act.theta * (2 / 3))
-  flat, _, over = codes.above(s, n, floor, floor, budget, dtype)
+  flat, _, over = candidates.above(s, n, floor, floor, budget, dtype)
   rows, row = _places(B, flat.row, DATA)
   latents, latent = _places(F, flat.index, DICT)
   used = jnp.arange(len(flat.z)) < flat.count
@@ -199,7 +203,9 @@ def exact(
 
   if whole:
     return part(n)
-  _, terms, grads = mean_of_parts(part, n, codes.chunks(len(n), len(s.b_enc)))
+  _, terms, grads = mean_of_parts(
+    part, n, candidates.chunks(len(n), len(s.b_enc))
+  )
   penalty = sum((p.of(l0, ramp) for p in of_l0), jnp.zeros_like(terms.mse))
   return terms.mse + penalty, terms._replace(penalty=penalty), grads
 

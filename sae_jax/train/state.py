@@ -18,6 +18,7 @@ from sae_jax.config import Config
 from sae_jax.models import activations, objectives, sae
 from sae_jax.models.sae import SAE, Norm
 from sae_jax.parallel.mesh import DICT, platform, spec, split_latents
+from sae_jax.parallel.select import MOST_SELECTED
 from sae_jax.train import optim
 
 ACTIVE = 64  # latents a row that a JumpReLU without a target is taken to have
@@ -117,6 +118,9 @@ def candidates(config: Config, on: str | None = None) -> int:
     k = config.loss.target_l0 or ACTIVE
   most = c.budget or (k if config.act.name == 'topk' else 4 * k)
   most = min(max(math.ceil(most / config.mesh.dict), 1), F)
+  in_lists = most * config.mesh.dict * c.batch_rows
+  if config.act.name == 'batchtopk' and in_lists > MOST_SELECTED:
+    return 0  # more than can be counted
   least = SPARSE_FROM.get(on or platform(), math.inf)
   if c.codes == 'dense' or (c.codes == 'auto' and k * least > F):
     return 0
@@ -127,7 +131,7 @@ def updates_in_place(config: Config) -> bool:
   """Whether an update may touch the rows of a batch only, one by one."""
   c = config.optim
   whole = c.b1 or c.ema or c.clip_norm or config.train.micro_batches > 1
-  return not whole and config.mesh.data == 1
+  return not (whole or config.mesh.zero1) and config.mesh.data == 1
 
 
 def steps_of(rows: int, batch_rows: int) -> int:

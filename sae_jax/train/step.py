@@ -69,119 +69,137 @@ def make_update(
   gradient is not finite, the optimiser's state neither; steps and rows go on,
   `train/skipped` is 1.
   """
-  optimizer, schedule = make_optimizer(config), make_schedule(config, 1.0)
-  decay, zero1, c = config.optim.ema, config.mesh.zero1, config.optim
+  schedule, decay = make_schedule(config, 1.0), config.optim.ema
   ramp_steps = config.loss.l0_warmup_rows // config.train.batch_rows
-  act_decay = config.act.theta_ema
   budget = candidates(config)
-  dtype = jnp.dtype(config.train.compute_dtype)
-  in_place = budget and updates_in_place(config)
-
-  def with_arrays(state: State, x, knobs: Knobs, dead, ramp, lr):
-    """The update by gradients that exist as arrays."""
-    params: Any = learned(state.sae)
-    of = lambda penalties: gradients(
-      params, state.sae.norm_in, x, penalties, dead, ramp,
-      micro_batches=config.train.micro_batches,
-      dtype=dtype, scatter=zero1, budget=budget,
-    )  # fmt: skip
-    if any(isinstance(p, objectives.AuxK) for p in knobs.penalties):
-      # AuxK is zero while nothing is dead and costs 60% of the other products.
-      # A branch outside differentiation runs one side only.
-      loss, terms, grads = jax.lax.cond(
-        dead.any(), lambda: of(knobs.penalties), lambda: of(())
-      )
-    else:
-      loss, terms, grads = of(knobs.penalties)
-    norm = optax.tree.norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    before, touched = split_latents(params, zero1), state.touched
-    opt = state.opt
-    if touched is not None:
-      opt = touch.caught_up(opt, split_latents(touched, zero1), c.b2)
-    after, opt = optim.update(optimizer, grads, opt, before, lr)
-    if touched is not None:
-      count = optax.tree.get(opt, 'count')
-      touched = jnp.where(good, count, touched)
-    return loss, terms, norm, good, before, after, opt, touched
-
-  def in_rows(state: State, x, knobs: Knobs, dead, ramp, lr):
-    """The update of the rows that the batch touches, in place."""
-    before: Any = learned(state.sae)
-    nu, count = (optax.tree.get(state.opt, k) for k in ('nu', 'count'))
-    assert state.touched is not None
-    rows = touch.Rows(
-      before.W_enc, before.W_dec, nu.W_enc, nu.W_dec, state.touched
-    )
-    out = touch.step(
-      before, state.sae.norm_in, x, knobs.penalties, dead, ramp, rows,
-      touch.Adam(lr, jnp.float32(c.b2), jnp.float32(c.eps), count + 1),
-      budget=budget, dtype=dtype,
-    )  # fmt: skip
-    bare = lambda s: s.replace(W_enc=None, W_dec=None)
-    opt = optax.tree.set(state.opt, nu=bare(nu))
-    small: Any = out.small  # optax's annotations know no dataclasses
-    updates, opt = optimizer.update(small, opt, bare(before))
-    after = jax.tree.map(lambda a, u: a - lr * u, bare(before), updates)
-    new, full = out.rows, lambda s, a, b: s.replace(W_enc=a, W_dec=b)
-    after = full(after, new.W_enc, new.W_dec)
-    after = after.replace(act=after.act.project())
-    nu = full(optax.tree.get(opt, 'nu'), new.nu_enc, new.nu_dec)
-    opt = optax.tree.set(opt, nu=nu)
-    # The rows are as they were already where the update is not good.
-    before = full(before, new.W_enc, new.W_dec)
-    return (
-      out.loss, out.terms, out.norm, out.good, before, after, opt, new.touched,
-    )  # fmt: skip
+  rule = _in_rows if budget and updates_in_place(config) else _with_arrays
 
   def update(state: State, x, knobs: Knobs) -> tuple[State, Metrics]:
     dead = state.rows_since_fired >= config.loss.dead_rows
     ramp = jnp.minimum(state.step / ramp_steps, 1) if ramp_steps else 1.0
     lr = knobs.lr * schedule(state.step)
-    rule = in_rows if in_place else with_arrays
-    loss, terms, norm, good, before, after, opt, touched = rule(
-      state, x, knobs, dead, jnp.float32(ramp), lr
-    )
-    keep = lambda new, old: jax.tree.map(
-      lambda a, b: a if a is b else jnp.where(good, a, b), new, old
-    )
-    t = jnp.minimum(act_decay, state.step / (state.step + 1.0))  # no bias
-    after = after.replace(act=activations.update(after.act, terms.seen, t))
-    after = keep(after, before)
-    if in_place:  # of the moments of the rows: as the rows
-      nu = optax.tree.get(opt, 'nu')
-      old = optax.tree.get(state.opt, 'nu')
-      old = old.replace(W_enc=nu.W_enc, W_dec=nu.W_dec)
-      opt = keep(opt, optax.tree.set(state.opt, nu=old))
-    else:
-      opt = keep(opt, state.opt)
+    batch = Batch(x, knobs.penalties, dead, jnp.float32(ramp), lr)
+    out = rule(config, budget, state, batch)
+    terms, good, after = out.terms, out.good, out.params
+    t = jnp.minimum(config.act.theta_ema, state.step / (state.step + 1.0))
+    act = activations.update(after.act, terms.seen, t)  # t: no bias
+    after = after.replace(act=_keep(good, act, after.act))
     ema = state.ema
     if ema is not None:  # first step: the weights themselves, so no bias
       t = jnp.minimum(decay, state.step / (state.step + 1.0))
       mean = jax.tree.map(lambda a, b: t * a + (1 - t) * b, ema, after)
-      ema = keep(mean, ema)
+      ema = _keep(good, mean, ema)
 
     since = jnp.minimum(state.rows_since_fired + len(x), SATURATED)
     since = jnp.where(terms.fired & good, 0, since)
-    params = split_latents(after, False)
-    state_after = State(
-      state.step + 1, with_norms(params, state.sae), opt, since, ema, touched
-    )
+    s = with_norms(split_latents(after, False), state.sae)
     metrics = {
-      'train/loss': loss,
+      'train/loss': out.loss,
       'train/mse': terms.mse,
       'train/fvu': terms.fvu,
       'train/l0': terms.l0,
       'train/penalty': terms.penalty,
       'train/dead': (since >= config.loss.dead_rows).mean(),
       'train/lr': lr,
-      'train/grad_norm': norm,
+      'train/grad_norm': out.norm,
       'train/skipped': 1.0 - good,
       'train/dense': terms.dense,
     }
-    return state_after, metrics
+    return State(state.step + 1, s, out.opt, since, ema, out.touched), metrics
 
   return update
+
+
+class Batch(NamedTuple):
+  """What an update is made of besides the state."""
+
+  x: jax.Array  # [B@data, D] raw rows
+  penalties: tuple[objectives.Penalty, ...]
+  dead: jax.Array  # [F@dict] bool
+  ramp: jax.Array  # []
+  lr: jax.Array  # []
+
+
+class Updated(NamedTuple):
+  """What an update says and leaves; all as it was unless `good`."""
+
+  loss: jax.Array
+  terms: objectives.Terms
+  norm: jax.Array  # [] of the gradients
+  good: jax.Array  # [] bool: all is finite
+  params: Any  # the SAE without its normalisers
+  opt: optax.OptState
+  touched: jax.Array | None
+
+
+def _keep(good: jax.Array, new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+
+def _with_arrays(
+  config: Config, budget: int, state: State, batch: Batch
+) -> Updated:
+  """The update by gradients that exist as arrays."""
+  params: Any = learned(state.sae)
+  zero1, touched, opt = config.mesh.zero1, state.touched, state.opt
+  of = lambda penalties: gradients(
+    params, state.sae.norm_in, batch.x, penalties, batch.dead, batch.ramp,
+    micro_batches=config.train.micro_batches,
+    dtype=jnp.dtype(config.train.compute_dtype), scatter=zero1, budget=budget,
+  )  # fmt: skip
+  if any(isinstance(p, objectives.AuxK) for p in batch.penalties):
+    # AuxK is zero while nothing is dead and costs 60% of the other products.
+    # A branch outside differentiation runs one side only.
+    loss, terms, grads = jax.lax.cond(
+      batch.dead.any(), lambda: of(batch.penalties), lambda: of(())
+    )
+  else:
+    loss, terms, grads = of(batch.penalties)
+  norm = optax.tree.norm(grads)
+  good = jnp.isfinite(loss) & jnp.isfinite(norm)
+  before = split_latents(params, zero1)
+  if touched is not None:
+    lag = split_latents(touched, zero1)
+    opt = touch.caught_up(opt, lag, config.optim.b2)
+  after, opt = optim.update(
+    make_optimizer(config), grads, opt, before, batch.lr
+  )
+  if touched is not None:
+    touched = jnp.where(good, optax.tree.get(opt, 'count'), touched)
+  after, opt = _keep(good, after, before), _keep(good, opt, state.opt)
+  return Updated(loss, terms, norm, good, after, opt, touched)
+
+
+def _in_rows(
+  config: Config, budget: int, state: State, batch: Batch
+) -> Updated:
+  """The update of the rows that the batch touches, in place; of the arrays [F]
+  and [D] by the optimiser as ever."""
+  params: Any = learned(state.sae)
+  nu, count = (optax.tree.get(state.opt, k) for k in ('nu', 'count'))
+  c, touched = config.optim, state.touched
+  assert touched is not None
+  out = touch.step(
+    params, state.sae.norm_in, batch.x, batch.penalties, batch.dead, batch.ramp,
+    touch.Rows(params.W_enc, params.W_dec, nu.W_enc, nu.W_dec, touched),
+    touch.Adam(batch.lr, jnp.float32(c.b2), jnp.float32(c.eps), count + 1),
+    budget=budget, dtype=jnp.dtype(config.train.compute_dtype),
+  )  # fmt: skip
+  bare = lambda s: s.replace(W_enc=None, W_dec=None)
+  before, opt = bare(params), optax.tree.set(state.opt, nu=bare(nu))
+  small: Any = out.small  # optax's annotations know no dataclasses
+  updates, new = make_optimizer(config).update(small, opt, before)
+  after = jax.tree.map(lambda a, u: a - batch.lr * u, before, updates)
+  after = after.replace(act=after.act.project())
+  after, opt = _keep(out.good, after, before), _keep(out.good, new, opt)
+  rows = out.rows
+  nu = optax.tree.get(opt, 'nu')
+  nu = nu.replace(W_enc=rows.nu_enc, W_dec=rows.nu_dec)
+  after = after.replace(W_enc=rows.W_enc, W_dec=rows.W_dec)
+  opt = optax.tree.set(opt, nu=nu)
+  return Updated(
+    out.loss, out.terms, out.norm, out.good, after, opt, rows.touched
+  )
 
 
 @jax.jit

@@ -125,8 +125,7 @@ def step(
   if jax.sharding.get_abstract_mesh().empty:
     return local(*arguments)
   split = lambda tree: latent_specs(tree, False)
-  each: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
-  specs: Any = After(P(), each, split(params), split(rows), P(), P())  # type: ignore
+  specs: Any = After(P(), sparse.TERMS, split(params), split(rows), P(), P())  # type: ignore
   return on_each_device(local, specs)(*arguments)
 
 

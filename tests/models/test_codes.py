@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.models import activations, codes, sae
+from sae_jax.models import activations, candidates, codes, sae
 from sae_jax.models.sae import Norm
 from sae_jax.parallel import select
 
@@ -27,7 +27,7 @@ def _rows():
   n = jnp.asarray(rng.normal(size=(B, D)), jnp.float32)
   s = _sae(activations.TopK(K))
   mask = select.top_k_mask(s.pre(n), K)
-  return codes.top_k(s, n, K)[0], jnp.where(mask, s.pre(n), 0), mask
+  return candidates.top_k(s, n, K)[0], jnp.where(mask, s.pre(n), 0), mask
 
 
 def _flat(budget=40):
@@ -35,7 +35,7 @@ def _flat(budget=40):
   s = _sae(activations.TopK(K))
   z = s.pre(n)
   floor = jnp.asarray(rng.uniform(0.5, 1.5, F), jnp.float32)
-  code, count, over = codes.above(s, n, floor, floor + 0.1, budget)
+  code, count, over = candidates.above(s, n, floor, floor + 0.1, budget)
   assert not over and code.count == (z > floor).sum()
   assert count == (z > floor + 0.1).sum()
   return code, jnp.where(z > floor, z, 0), z > floor
@@ -79,9 +79,9 @@ def test_a_list_that_is_too_short_says_so():
   n = jnp.asarray(rng.normal(size=(B, D)), jnp.float32)
   s = _sae(activations.TopK(K))
   floor = jnp.zeros(F)
-  assert codes.above(s, n, floor, floor, 40)[2]
-  assert not codes.above(s, n, floor, floor, F)[2]
-  assert codes.above(s, n.at[3, 3].set(jnp.nan), floor + 9, floor, 1)[2]
+  assert candidates.above(s, n, floor, floor, 40)[2]
+  assert not candidates.above(s, n, floor, floor, F)[2]
+  assert candidates.above(s, n.at[3, 3].set(jnp.nan), floor + 9, floor, 1)[2]
 
 
 @pytest.mark.parametrize('k', [1, 2, 3, 40])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_step import _config, _norm, _rows
 
-from sae_jax.models import codes
+from sae_jax.models import candidates
 from sae_jax.parallel.mesh import DATA, make_mesh, spec
 from sae_jax.train import state, step
 
@@ -137,8 +137,16 @@ def test_moments_of_untouched_rows_are_decayed_when_a_mesh_updates_all():
 
 
 def test_a_batch_that_is_not_made_of_whole_chunks(monkeypatch):
-  monkeypatch.setattr(codes, 'chunk_rows', lambda rows, latents: 5)
+  monkeypatch.setattr(candidates, 'chunk_rows', lambda rows, latents: 5)
   for name in ('jumprelu', 'topk_aux', 'batchtopk'):
     with jax.set_mesh(make_mesh(1, 1)):
       expected = _run(_case(name, 'dense'), 20)
       _check(_run(_case(name, 'sparse'), 20), expected)
+
+
+def test_zero1_with_one_device_along_data():
+  """Its arrays are typed otherwise: the update goes by arrays."""
+  with jax.set_mesh(make_mesh(1, 8)):
+    expected = _run(_case('topk_aux', 'dense', (1, 8)), 12)
+    found = _run(_case('topk_aux', 'sparse', (1, 8), mesh_zero1=True), 12)
+  _check(found, expected)
