@@ -19,7 +19,7 @@ from sae_jax.parallel.collectives import Collective, collectives
 from sae_jax.parallel.mesh import DATA
 from sae_jax.scaling.costs import Kernel, kernels
 from sae_jax.scaling.gpu import INSTALL
-from sae_jax.train.state import init_state
+from sae_jax.train.state import candidates, init_state
 from sae_jax.train.step import make_step
 
 
@@ -76,13 +76,14 @@ def compile_step(
 
   Raises UserError where CUDA's assembler is missing, and for sparse codes.
   """
-  if config.train.codes == 'sparse':
-    raise UserError(
-      'config.train.codes=sparse: how often its loops run depends on the rows, '
-      'so its work cannot be counted: plan with config.train.codes=dense'
-    )
   arguments = abstract_arguments(config, mesh, dtype)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    if candidates(config):
+      raise UserError(
+        f'config.train.codes={config.train.codes} is sparse here: how often '
+        'its loops run depends on the rows, so its work cannot be counted: '
+        'plan with config.train.codes=dense'
+      )
     step = make_step(config)  # it asks the mesh what it is for
   gpu = mesh.devices.flat[0].platform == 'gpu'
   # JAX looks for a GPU to learn whose 'gpu' is; tuning would run kernels on it.

@@ -25,7 +25,7 @@ ACTIVE = 64  # latents a row that a JumpReLU without a target is taken to have
 # The sparse rule is faster from so many latents for an active one. Measured
 # on CPUs; nobody has measured ours on an accelerator: dense there unless asked
 # (docs/performance.md has the bytes and FLOPs).
-SPARSE_FROM = {'cpu': 40}
+SPARSE_FROM = {'cpu': 24}
 
 
 class State(struct.PyTreeNode):

@@ -71,7 +71,8 @@ def test_too_many_candidates_go_as_counts(monkeypatch):
 
 @pytest.mark.parametrize('act', ['topk', 'batchtopk'])
 def test_the_real_step_gathers_the_candidates_that_arithmetic_counts(act):
-  c = _config(2, 4, 2, act__name=act, sae__latents=1024, sae__d_in=16)
+  small = dict(sae__latents=1024, sae__d_in=16, train__codes='dense')
+  c = _config(2, 4, 2, act__name=act, **small)
   compiled = compile_step(c, make_mesh(2, 4), np.float32)
   assert isinstance(compiled, Compiled)
   gathered = lambda found: sum(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sae_jax.errors import UserError
@@ -25,9 +26,10 @@ from sae_jax.scaling import (
   topology,
 )
 from sae_jax.scaling.chips import CHIPS, GIB, chip_of
-from sae_jax.scaling.compiled import _too_large
+from sae_jax.scaling.compiled import _too_large, compile_step
 from sae_jax.scaling.costs import Kernel
 from sae_jax.scaling.rows import Rows
+from sae_jax.train import perf
 from sae_jax.train.config import base_config
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,29 @@ def test_work_by_arithmetic_is_five_products(data, dict_, micro):
   assert flops * 4 == 5 * 2 * B * D * F
   topk = _config(data, dict_, micro, act__name='topk')
   assert sum(k.flops * n for k, n in arithmetic.work(topk)) * 5 == flops * 8
+
+
+def test_a_sparse_step_by_arithmetic():
+  """One product, and six passes over the 32 / 4 active latents of a row."""
+  c = _config(act__name='topk', loss__aux_coef=0.0, train__codes='sparse')
+  flops = sum(k.flops * n for k, n in arithmetic.work(c))
+  assert flops == 2 * B * D * (F // 4) + 6 * 2 * B * D * 8
+  m, dense = arithmetic.memory(c), arithmetic.memory(_config(act__name='topk'))
+  assert m.gradients == 0 and m.activations < dense.activations
+  c.optim.clip_norm = 1.0  # needs all gradients at once
+  assert arithmetic.memory(c).gradients == dense.gradients
+  with pytest.raises(UserError, match='codes=sparse'):
+    compile_step(c, make_mesh(1, 4), np.float32)
+
+
+def test_flops_of_a_step():
+  count = lambda **kw: perf.step_flops(8, 16, 64, **kw)
+  unit = 2 * 8 * 16 * 64
+  assert count(aux=False) == {'published': 6 * unit, 'executed': 5 * unit}
+  assert count(aux=True)['executed'] == 8 * unit
+  sparse = count(aux=False, active=4)
+  assert sparse['executed'] == unit + 4 * 2 * 8 * 16 * 4
+  assert sparse['published'] == 6 * unit
 
 
 def test_traffic_by_arithmetic():

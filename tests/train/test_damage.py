@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from train_runs import overrides, run
 
@@ -244,3 +245,18 @@ def test_a_config_that_was_deleted_is_in_the_checkpoint(tmp_path):
     runs.check_restored(tmp_path, config.to_dict(), other)
   runs.write_config(tmp_path, config)  # is compared elsewhere, before
   runs.check_restored(tmp_path, config.to_dict(), other)
+
+
+def test_a_checkpoint_of_before_touched_was_saved(tmp_path):
+  """Its moments are all up to date: as of the optimiser's last update."""
+  config = small_config()
+  state = make_state(config, 7)
+  assert state.touched is not None
+  with Checkpoints(tmp_path, 2, 0) as manager:
+    record = {'position': 1, 'config': {}, 'store': ''}
+    manager.save(1, state.replace(touched=None), record)
+  with Checkpoints(tmp_path, 2, 0) as manager:
+    _, found, _ = manager.restore_newest(abstract_state(config))
+  expected = np.full(len(state.touched), optax.tree.get(state.opt, 'count'))
+  np.testing.assert_array_equal(found.touched, expected)
+  assert same(found.replace(touched=state.touched), jax.tree.leaves(state))
