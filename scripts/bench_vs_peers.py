@@ -73,6 +73,8 @@ def main() -> None:
 
 
 def bench(a: argparse.Namespace) -> None:
+  if a.rows and not Path(a.rows).is_file():
+    raise UserError(f'--rows={a.rows} is not there: give a .npy file [n, d]')
   peers, works = a.peer or list(PEERS), a.work or USUAL
   folder = Path(a.peers).resolve()
   for peer in peers:

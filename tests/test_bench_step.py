@@ -146,3 +146,14 @@ def test_a_process_that_cannot_have_its_memory_is_recorded():
   ]  # fmt: skip
   found = bench_vs_peers.result(command, {}, timeout=60)
   assert found['peer'] == 'saelens' and 'MemoryError' in found['failed']
+
+
+def test_rows_that_are_not_there_are_refused_before_any_environment(tmp_path):
+  done = subprocess.run(
+    [sys.executable, bench_vs_peers.__file__, '--rows=/nowhere.npy',
+     f'--peers={tmp_path / "peers"}'],
+    capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1].startswith('error: --rows=/nowhere.npy')
+  assert not (tmp_path / 'peers').exists()
