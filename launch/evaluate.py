@@ -9,10 +9,12 @@ from absl import flags
 from sae_jax import cli
 from sae_jax.evaluate import figures
 from sae_jax.evaluate.job import evaluate
+from sae_jax.lm.subject import load_subject
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run.', required=True
-)
+_WORKDIR = flags.DEFINE_multi_string(
+  'workdir', None, 'Folder of the run; several times for several.',
+  required=True,
+)  # fmt: skip
 _ROWS = flags.DEFINE_integer('rows', 65_536, 'Held-out rows at most.')
 _SEQUENCES = flags.DEFINE_integer(
   'sequences', 64, 'Held-out sequences for the language model at most.'
@@ -28,17 +30,34 @@ _STORE_PATH = flags.DEFINE_string(
 
 
 def main() -> None:
-  result = evaluate(
-    _WORKDIR.value,
-    rows=_ROWS.value,
-    sequences=_SEQUENCES.value,
-    contexts=_CONTEXTS.value,
-    language_model=_LM.value,
-    model_path=_MODEL_PATH.value,
-    store_path=_STORE_PATH.value,
-  )
-  print(figures.text_table(result['figures']))
-  print(f'\nreport: {_WORKDIR.value}/report.html')
+  # The language model is read once for all of them.
+  load = load_subject if len(_WORKDIR.value) < 2 else kept(load_subject)
+  for workdir in _WORKDIR.value:
+    result = evaluate(
+      workdir,
+      rows=_ROWS.value,
+      sequences=_SEQUENCES.value,
+      contexts=_CONTEXTS.value,
+      language_model=_LM.value,
+      model_path=_MODEL_PATH.value,
+      store_path=_STORE_PATH.value,
+      load=load,
+    )
+    print(figures.text_table(result['figures']))
+    print(f'\nreport: {workdir}/report.html')
+
+
+def kept(load):
+  """The same function, which remembers what it gave for a config."""
+  found = {}
+
+  def remembered(model):
+    key = model.to_json()
+    if key not in found:
+      found[key] = load(model)
+    return found[key]
+
+  return remembered
 
 
 if __name__ == '__main__':

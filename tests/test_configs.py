@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sae_jax.harvest.config import check_config
+from sae_jax.sweep import grid
 from sae_jax.train.config import validate
 from sae_jax.train.state import make_schedule, steps_of
 
@@ -24,6 +25,8 @@ TRAINING = [
   'jumprelu.py:demo', 'jumprelu.py:demo_members',
   'topk.py', 'topk.py:openai', 'topk.py:demo',
   'batchtopk.py', 'batchtopk.py:bussmann', 'batchtopk.py:demo',
+  'scaling.py', 'scaling.py:demo', 'scaling.py:demo_jumprelu',
+  'scaling.py:gemma2_2b',
 ]  # fmt: skip
 M = 1_000_000
 
@@ -54,6 +57,17 @@ def test_every_training_recipe_is_valid(recipe):
   validate(config)
   assert config.loss.l0_warmup_rows <= config.train.rows
   assert config.optim.warmup_rows + config.optim.decay_rows <= config.train.rows
+
+
+@pytest.mark.parametrize('arg', ['demo', 'demo_jumprelu', 'gemma2_2b'])
+def test_every_study_is_valid(arg):
+  path = f'scaling.py:{arg}'
+  points = grid.entries(_load(path), grid.load_sweep(str(CONFIGS / path)))
+  widths = {p.changes['sae.latents'] for p in points}
+  assert len(widths) >= 3
+  if arg == 'demo':
+    assert len(points) >= 24 and {512, 16_384} <= widths
+    assert len({p.changes['act.k'] for p in points}) >= 3
 
 
 @pytest.mark.parametrize('recipe', ['smollm2', 'tiny', 'gemma_scope'])

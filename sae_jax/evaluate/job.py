@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ def evaluate(
   language_model: bool = True,
   model_path: str = '',
   store_path: str = '',
+  load: Callable[[Config], Subject] = load_subject,
 ) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run; returns evaluation.json.
 
@@ -70,6 +71,7 @@ def evaluate(
     language_model: False leaves out the figures of the model's loss.
     model_path: the subject model's file, where it has moved.
     store_path: the store's folder, where it has moved.
+    load: reads the subject model; of several evaluations one may keep it.
 
   Raises UserError for a missing run, store or model, for another model than
   the one that was harvested, and for counts below 1. Nothing is written then.
@@ -84,7 +86,7 @@ def evaluate(
   with _timed(seconds, 'total'):
     with _timed(seconds, 'load'):
       run = open_run(run_dir, store_path)
-      subject = open_model(run.manifest, model_path, language_model)
+      subject = open_model(run.manifest, model_path, language_model, load)
       tokenizer = subject and subject.tokenizer
       subject = subject if language_model else None  # its weights go here
     log.info('run: %s at step %d, store: %s', run_dir, run.step, run.store)
@@ -133,7 +135,12 @@ def open_run(run_dir: Path, store_path: str) -> Run:
   return Run(run_dir, config, step, sae, root, manifest, held_out)
 
 
-def open_model(manifest: Manifest, path: str, needed: bool) -> Subject | None:
+def open_model(
+  manifest: Manifest,
+  path: str,
+  needed: bool,
+  load: Callable[[Config], Subject] = load_subject,
+) -> Subject | None:
   """The subject model of a store, checked by its hashes.
 
   None where it is not `needed` and its file is missing: the report then shows
@@ -150,7 +157,7 @@ def open_model(manifest: Manifest, path: str, needed: bool) -> Subject | None:
       )
     log.warning('no file %r: the report shows token ids', path)
     return None
-  subject = load_subject(model)
+  subject = load(model)
   for name in ('weights_sha256', 'tokenizer_sha256'):
     found, expected = getattr(subject, name), manifest.model.get(name)
     if found != expected:

@@ -17,10 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
-from sae_jax.errors import UserError
 from sae_jax.evaluate import figures, plots
 from sae_jax.evaluate.contexts import AFTER, Context, LatentContexts
 from sae_jax.paths import write_atomic
+from sae_jax.train.writer import read_metrics
 
 TEMPLATE = 'report.html.jinja'
 _KINDS = {
@@ -94,7 +94,7 @@ def write(
   `result` is what `job.evaluate` documents. Without a tokenizer the contexts
   show token ids. Raises UserError when metrics.jsonl is damaged.
   """
-  metrics = read_metrics(Path(run_dir) / 'metrics.jsonl')
+  metrics = read_metrics(run_dir)
   page = render(result, metrics, features, tokenizer)
   write_atomic(
     Path(run_dir) / 'evaluation.json',
@@ -103,21 +103,6 @@ def write(
   path = Path(run_dir) / 'report.html'
   write_atomic(path, page)
   return path
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-  """The lines of a metrics.jsonl; none where there is no such file.
-
-  A last line that is cut off (a run still going on) is left out. Raises
-  UserError for any other line that is not JSON.
-  """
-  if not path.exists():
-    return []
-  lines = path.read_text(encoding='utf-8').split('\n')[:-1]
-  try:
-    return [json.loads(line) for line in lines]
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path}: a line is not JSON ({error})') from None
 
 
 def render(

@@ -1,6 +1,21 @@
 """A study as two tables: its points, and their evaluations while training."""
 
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.sweep import study
+from sae_jax.sweep.grid import Spec
+from sae_jax.sweep.study import Job, Study
+from sae_jax.train import perf
+from sae_jax.train.state import peak_rate
+from sae_jax.train.writer import read_metrics
 
 
 class Point(NamedTuple):
@@ -52,3 +67,154 @@ class Mark(NamedTuple):
   fvu: float
   l0: float
   mse: float
+
+
+def read(folder: Path) -> tuple[list[Point], list[Mark]]:
+  """The tables of a study's folder, as far as it is; points that no job has
+  yet are not among them. Raises UserError where there is no study."""
+  base = ConfigDict(study.read_study(folder)['config'])
+  s = Study(folder, base, [])
+  points, marks = [], []
+  for job in study.jobs(s):
+    record = study.read_job(job.folder)
+    with study.claim(job.folder) as descriptor:
+      running = descriptor is None
+    runs = {spec.id: job.run(spec) for spec in job.specs}
+    lines = {id: _metrics(run) for id, run in runs.items()}
+    work = {spec.id: _work(spec.config, lines[spec.id]) for spec in job.specs}
+    for spec in job.specs:
+      mine = _marks(spec, lines[spec.id], work, spec.id in record['alone'])
+      marks += mine
+      state = _state(record, spec, running)
+      points.append(_point(job, record, spec, state, lines[spec.id], mine))
+  return points, marks
+
+
+def _state(record: dict[str, Any], spec: Spec, running: bool) -> str:
+  if spec.id in record['failed']:
+    return 'failed'
+  if spec.id in record['done']:
+    return 'done'
+  return 'running' if running else 'missing'
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+  try:
+    return read_metrics(run)
+  except UserError:  # corrupt: the next start of the sweep says so
+    return []
+
+
+class _Work(NamedTuple):
+  """Up to each logged step of a run, sums."""
+
+  steps: list[int]
+  executed: list[float]
+  seconds: list[float]  # of the whole job
+
+
+def _work(config: Config, lines: Sequence[dict[str, Any]]) -> _Work:
+  """FLOPs by what each stretch between two logged steps did; seconds between
+  them. A stretch without a time (the first one, which compiles) takes as long
+  a step as the next that has one."""
+  logged = [m for m in lines if 'train/l0' in m]
+  pace = [m.get('perf/step_ms') for m in logged]
+  steps, executed, seconds = [0], [0.0], [0.0]
+  for i, m in enumerate(logged):
+    n = m['step'] - steps[-1]
+    c = config
+    aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
+    aux = aux and (m['train/dead'] or 0) > 0
+    active = 0 if m['train/dense'] else m['train/l0'] or 0
+    active += aux * c.loss.aux_k if active else 0
+    flops = perf.step_flops(
+      c.train.batch_rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
+    )
+    ms = next((x for x in pace[i:] + pace[::-1] if x), 0.0)
+    steps.append(m['step'])
+    executed.append(executed[-1] + n * flops['executed'])
+    seconds.append(seconds[-1] + n * ms / 1e3)
+  return _Work(steps, executed, seconds)
+
+
+def _marks(
+  spec: Spec,
+  lines: Sequence[dict[str, Any]],
+  work: dict[str, _Work],
+  alone: bool,
+) -> list[Mark]:
+  config, mine = spec.config, work[spec.id]
+  batch = config.train.batch_rows
+  step = perf.step_flops(batch, config.sae.d_in, config.sae.latents, aux=False)[
+    'published'
+  ]
+  total = sum(w.executed[-1] for w in work.values()) or 1.0
+  share = 1.0 if alone else mine.executed[-1] / total
+  return [
+    Mark(
+      point=spec.id,
+      step=m['step'],
+      rows=m['step'] * batch,
+      flops=m['step'] * step,
+      flops_executed=float(np.interp(m['step'], mine.steps, mine.executed)),
+      seconds=share * float(np.interp(m['step'], mine.steps, mine.seconds)),
+      fvu=m['eval/fvu'],
+      l0=m['eval/l0'],
+      mse=m['eval/mse'],
+    )
+    for m in lines
+    if m.get('eval/fvu') is not None
+  ]
+
+
+def _point(
+  job: Job,
+  record: dict[str, Any],
+  spec: Spec,
+  state: str,
+  lines: Sequence[dict[str, Any]],
+  marks: Sequence[Mark],
+) -> Point:
+  c, last = spec.config, marks[-1] if marks else None
+  dead = [m['train/dead'] for m in lines if m.get('train/dead') is not None]
+  figures = _evaluation(job.run(spec))
+  seconds = last.seconds if last else 0.0
+  devices = c.mesh.data * c.mesh.dict * c.mesh.member
+  return Point(
+    point=spec.id,
+    state=state,
+    reason=record['failed'].get(spec.id, ''),
+    stage=spec.stage,
+    changes=json.dumps(spec.changes),
+    activation=c.act.name,
+    d_in=c.sae.d_in,
+    latents=c.sae.latents,
+    k=spec.k,
+    l0_coef=c.loss.l0_coef,
+    lr=float(peak_rate(c)),
+    seed=c.seed,
+    batch_rows=c.train.batch_rows,
+    rows=c.train.rows,
+    rows_done=last.rows if last else 0,
+    fvu=last.fvu if last else None,
+    l0=last.l0 if last else None,
+    mse=last.mse if last else None,
+    dead_share=dead[-1] if dead else None,
+    delta_loss=figures.get('delta_loss'),
+    delta_loss_se=figures.get('delta_loss_se'),
+    loss_recovered=figures.get('loss_recovered'),
+    flops=last.flops if last else 0.0,
+    flops_executed=last.flops_executed if last else 0.0,
+    seconds=seconds,
+    device_hours=seconds * devices / 3600,
+    members=len(job.specs),
+    folder=str(job.run(spec)),
+  )
+
+
+def _evaluation(run: Path) -> dict[str, Any]:
+  """The figures of evaluation.json, if there is one."""
+  try:
+    return json.loads((run / 'evaluation.json').read_text())['figures']
+  except FileNotFoundError:
+    return {}

@@ -4,11 +4,9 @@ Recipes in configs/ start from `base_config()` and set what differs.
 Counters are in rows (tokens); steps are derived.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,6 +14,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.mesh import DATA, DICT, check_divides
 from sae_jax.parallel.select import MOST_SELECTED
+from sae_jax.train.keys import flatten, known, overrides_of, set_keys
 from sae_jax.train.step import SATURATED
 
 ACTIVATIONS = ('jumprelu', 'topk', 'batchtopk')
@@ -38,7 +37,7 @@ _NOT_NEGATIVE = (
   'train.budget',
 )  # fmt: skip
 # What all members of a job have in common: the batches and the job around them.
-_SHARED = (
+SHARED = (
   'store.', 'train.', 'mesh.', 'distributed.', 'sae.d_in', 'sae.center',
   'members',
 )  # fmt: skip
@@ -168,14 +167,14 @@ def plain_members(config: Config) -> Config:
   if not config.members:
     return config
   plain: Config = ConfigDict(config.to_dict() | {'members': ()})
-  plain.members = tuple(map(_overrides, config.members))
+  plain.members = tuple(map(overrides_of, config.members))
   return plain
 
 
 def member_name(config: Config, i: int) -> str:
   """The i-th member's name, and that of its folder."""
   width = max(2, len(str(len(config.members) - 1)))
-  return _overrides(config.members[i]).get('name', f'{i:0{width}d}')
+  return overrides_of(config.members[i]).get('name', f'{i:0{width}d}')
 
 
 def stacks(members: Sequence[Config]) -> list[list[int]]:
@@ -195,44 +194,19 @@ def stream_seed(config: Config) -> int:
 
 
 def _merged(config: Config, i: int) -> Config:
-  merged: Config = ConfigDict(config.to_dict() | {'members': ()})
-  merged.mesh.member = 1
-  flat, what = flatten(merged.to_dict()), f'config.members[{i}]'
-  for key, value in _overrides(config.members[i]).items():
-    if key == 'name':
-      continue
-    if key.startswith(_SHARED):
+  what, changes = f'config.members[{i}]', overrides_of(config.members[i])
+  changes = {k: v for k, v in changes.items() if k != 'name'}
+  for key in changes:
+    if key.startswith(SHARED):
       raise UserError(
         f'{what}.{key}: all members share it: set config.{key} instead'
       )
-    if key not in flat:
-      near = difflib.get_close_matches(key, flat, 1, 0.3) or ['optim.lr']
-      raise UserError(f'{what}.{key}: no such key, did you mean {near[0]}?')
-    *path, last = key.split('.')
-    node = merged
-    for part in path:
-      node = node[part]
-    try:
-      node[last] = value
-    except TypeError:
-      raise UserError(
-        f'{what}.{key}={value!r}: must be a {type(flat[key]).__name__}'
-      ) from None
+  merged: Config = ConfigDict(config.to_dict() | {'members': ()})
+  merged.mesh.member = 1
+  set_keys(merged, changes, what)
   if merged.seed != config.seed:  # alone it must see the same batches
     merged.store.seed = stream_seed(config)
   return merged
-
-
-def _overrides(member: Any) -> dict[str, Any]:
-  """One of config.members as a dict of dotted keys."""
-  if isinstance(member, ConfigDict):
-    member = member.to_dict()
-  if not isinstance(member, dict):
-    raise UserError(
-      f'config.members: {member!r} is not a dict of overrides, such as '
-      "{'optim.lr': 1e-3}"
-    )
-  return flatten(member)
 
 
 def _check_names(config: Config) -> None:
@@ -325,31 +299,6 @@ def _validate_run(config: Config) -> None:
       f'config.mesh.dict={config.mesh.dict}, as config.mesh.zero1 asks: use '
       'another mesh, or zero1=False'
     )
-
-
-def known(what: str, name: str, names: Sequence[str]) -> None:
-  """Raises UserError, with the nearest right name, unless name is known."""
-  if name not in names:
-    near = difflib.get_close_matches(name, names, 1, 0.3) or list(names)[:1]
-    raise UserError(
-      f'{what}={name!r} is not one of {", ".join(names)}: did you mean '
-      f'{near[0]!r}?'
-    )
-
-
-def flatten(tree: dict, prefix: str = '') -> dict:
-  """Nested dicts as one dict with dotted keys; `members` by their indices."""
-  flat = {}
-  for key, value in tree.items():
-    if key == 'members' and not prefix:
-      flat[key] = len(value)
-      for i, member in enumerate(value):
-        flat |= flatten(_overrides(member), f'members[{i}].')
-    elif isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
 
 
 def _at_most(name: str, value: int, latents: int) -> None:

@@ -27,7 +27,8 @@ from sae_jax.store.batches import BatchSource, train_batches
 from sae_jax.store.manifest import store_fingerprint
 from sae_jax.train import growing, rounds, skipping
 from sae_jax.train.checkpoints import Checkpoints
-from sae_jax.train.config import flatten, plain_members, validate
+from sae_jax.train.config import plain_members, validate
+from sae_jax.train.keys import flatten
 from sae_jax.train.members import Job, States, initial, make_job, members_of
 from sae_jax.train.progress import Progress
 from sae_jax.train.rows import (

@@ -16,7 +16,8 @@ from sae_jax.errors import UserError
 from sae_jax.models.sae import SAE
 from sae_jax.paths import write_atomic
 from sae_jax.train import checkpoints
-from sae_jax.train.config import base_config, flatten
+from sae_jax.train.config import base_config
+from sae_jax.train.keys import flatten
 from sae_jax.train.state import State, abstract_state, final_sae
 
 # Keys that may change between starts without asking: they alter neither the
@@ -114,12 +115,18 @@ def write_config(folder: Path, config: Config) -> None:
 
 def changed_keys(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
   """{dotted key: (old, new)} of the keys that matter and differ."""
-  a, b = flatten(old), flatten(new)
+  a, b = trajectory(old), trajectory(new)
   return {
     key: (a.get(key), b.get(key))
     for key in sorted(a.keys() | b.keys())
-    if a.get(key) != b.get(key) and not key.startswith(_FREE)
+    if a.get(key) != b.get(key)
   }
+
+
+def trajectory(config: dict) -> dict[str, Any]:
+  """{dotted key: value} of all that decides what a run ends with."""
+  flat = flatten(config)
+  return {k: v for k, v in flat.items() if not k.startswith(_FREE)}
 
 
 def read_config(run_dir: str | Path) -> Config:

@@ -4,9 +4,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
 
 
@@ -40,6 +42,22 @@ class Writer:
   def close(self) -> None:
     self._file.close()
     self._board.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+  """The lines of a run's metrics.jsonl; none where there is no such file.
+
+  A last line that is cut off (a run still going on) is left out. Raises
+  UserError for any other line that is not JSON.
+  """
+  path = Path(run_dir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding='utf-8').split('\n')[:-1]
+  try:
+    return [json.loads(line) for line in lines]
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path}: a line is not JSON ({error})') from None
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

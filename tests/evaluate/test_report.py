@@ -12,6 +12,7 @@ import pytest
 from sae_jax.errors import UserError
 from sae_jax.evaluate import figures, plots, report
 from sae_jax.evaluate.contexts import Context, LatentContexts
+from sae_jax.train.writer import read_metrics
 
 VALUES = {
   'fvu': 0.12345, 'l0': 31.26, 'dead_share': 0.0417, 'mse': 2.5,
@@ -165,12 +166,12 @@ def test_small_shares_have_readable_ticks():
 
 def test_metrics_of_a_run_that_goes_on(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  assert report.read_metrics(path) == []
+  assert read_metrics(tmp_path) == []
   path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-  assert report.read_metrics(path) == [{'step': 1}, {'step': 2}]
+  assert read_metrics(tmp_path) == [{'step': 1}, {'step': 2}]
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
   with pytest.raises(UserError, match='metrics.jsonl'):
-    report.read_metrics(path)
+    read_metrics(tmp_path)
 
 
 def test_sites_in_words():

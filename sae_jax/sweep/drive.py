@@ -1,0 +1,159 @@
+"""Runs the jobs of a study on this machine, each in a process of its own.
+
+Whatever is killed, the same command goes on: what is done is read off the
+folders. A job that fails is tried once more point by point, each from its own
+newest checkpoint: the points that fail by themselves are recorded with the
+reason, the others end as if nothing had been.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import logging
+
+from sae_jax.errors import UserError
+from sae_jax.sweep import grid, packing, run_job, study
+from sae_jax.sweep.grid import Spec
+from sae_jax.sweep.machine import Machine
+from sae_jax.sweep.run_job import Running
+from sae_jax.sweep.study import Job, Study
+from sae_jax.train.stopping import stop_signals
+from sae_jax.train.writer import read_metrics
+
+_POLL_SECONDS = 10.0  # between looks at others' jobs
+
+
+def drive(
+  s: Study,
+  machine: Machine,
+  programs: Path,
+  *,
+  most: int = 0,
+  only: str = '',
+  retry: bool = False,
+  after: Callable[[list[Path]], list[str]] = lambda runs: [],
+) -> None:
+  """Runs what is missing until nothing is, or what other programs have.
+
+  programs: folder of train.py. most: points a job at most, 0 for as many as
+  fit. only: run this job and no other. retry: failed points again. after:
+  called with the run folders of a job's points when they are done; a program
+  to run on them. Raises SystemExit (143, 130) when asked to stop, all saved.
+  """
+  retried: set[str] = set() if retry else {'*'}
+  with stop_signals() as stop_asked:
+    while True:
+      plan(s, machine, most)
+      busy, ran = [], False
+      jobs = [j for j in study.jobs(s) if only in ('', j.id)]
+      if only and not jobs:
+        raise UserError(f'--job={only}: {s.folder} has no such job')
+      for job in jobs:
+        if ended(job, retried):
+          continue
+        with study.claim(job.folder) as descriptor:
+          if descriptor is None:
+            busy.append(job.id)
+            continue
+          ran = True
+          record = study.read_job(job.folder)
+          for id in [i for i in record['failed'] if _again(i, retried)]:
+            retried.add(id)
+            del record['failed'][id]
+          run_job.run(
+            Running(job, record, programs, descriptor, stop_asked, after)
+          )
+      if not ran and not busy:
+        return
+      if only and not busy:
+        return
+      if not ran:
+        logging.info('waiting for %d jobs of other programs', len(busy))
+        _sleep(_POLL_SECONDS, stop_asked)
+
+
+def plan(s: Study, machine: Machine, most: int) -> None:
+  """Puts points that are in no job yet into jobs; those that searches ask for
+  when their trials have ended among them."""
+  with study.locked(s.folder):
+    planned = {spec.id for job in study.jobs(s) for spec in job.specs}
+    new = {x.id: x for x in wanted(s) if x.id not in planned}
+    if new:
+      study.add_jobs(s, packing.pack(list(new.values()), machine, most))
+
+
+def wanted(s: Study) -> list[Spec]:
+  """The points and trials that can be run by now."""
+  found: list[Spec] = []
+  results = results_of(s)
+  for entry in s.entries:
+    match grid.resolve(s.base, entry, results):
+      case Spec() as spec:
+        found.append(spec)
+      case list() as trials:
+        found += trials
+  return found
+
+
+def results_of(s: Study) -> grid.Results:
+  """The last evaluation of a point that is done, {} of one that failed."""
+  where = {spec.id: (job, spec) for job in study.jobs(s) for spec in job.specs}
+
+  def results(id: str):
+    if id not in where:
+      return None
+    job, spec = where[id]
+    record = study.read_job(job.folder)
+    if id in record['failed']:
+      return {}
+    if id not in record['done']:
+      return None
+    last = [m for m in read_metrics(job.run(spec)) if 'eval/fvu' in m][-1]
+    return {k.removeprefix('eval/'): v for k, v in last.items()}
+
+  return results
+
+
+def ended(job: Job, retried: set[str] = {'*'}) -> bool:  # noqa: B006
+  """Whether there is nothing left to do: all points are whole, or failed."""
+  record = study.read_job(job.folder)
+  for spec in job.specs:
+    if spec.id in record['failed']:
+      if _again(spec.id, retried):
+        return False
+    elif spec.id not in record['done']:
+      return False
+    elif study.state(job.run(spec), spec.config, True) != 'done':
+      return False
+  return True
+
+
+def _again(id: str, retried: set[str]) -> bool:
+  return not retried & {'*', id}
+
+
+def _sleep(seconds: float, stop_asked: Callable[[], int]) -> None:
+  until = time.monotonic() + seconds
+  while time.monotonic() < until:
+    if stop_asked():
+      raise SystemExit(128 + stop_asked())
+    time.sleep(0.2)
+
+
+def failures(s: Study) -> list[tuple[str, str]]:
+  """(point in words, reason) of all that failed, those among them that no
+  search found a value for."""
+  found = []
+  for job in study.jobs(s):
+    failed = study.read_job(job.folder)['failed']
+    found += [
+      (grid.in_words(spec.changes), failed[spec.id])
+      for spec in job.specs
+      if spec.id in failed
+    ]
+  results = results_of(s)
+  for entry in s.entries:
+    if isinstance(why := grid.resolve(s.base, entry, results), str):
+      found.append((grid.in_words(entry.changes), why))
+  return found

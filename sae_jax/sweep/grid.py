@@ -1,0 +1,176 @@
+"""The points of a study: a base config, and what each changes in it."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.sweep.search import Ask, Halving, Search, TargetL0
+from sae_jax.train.config import validate
+from sae_jax.train.keys import set_keys
+from sae_jax.train.run import trajectory
+
+
+class Spec(NamedTuple):
+  """One SAE to train."""
+
+  id: str  # hash of its config
+  stage: str  # 'grid', or 'trial': a run that finds a value for another
+  changes: dict[str, Any]  # the dotted keys in which it differs from the base
+  k: float | None  # active latents aimed at
+  config: Config  # of a plain run
+
+
+class Entry(NamedTuple):
+  """What sweep() yields: changes, some of which may be to be found."""
+
+  id: str
+  changes: dict[str, Any]
+
+
+# Figures of a point that has ended ({} for one that failed), None before.
+Results = Callable[[str], Mapping[str, float] | None]
+
+
+def load_sweep(path: str, given: Iterable[str] = ()) -> list[dict[str, Any]]:
+  """What sweep() of a config file, 'configs/scaling.py:demo', yields.
+
+  given: keys set on the command line. Raises UserError for a file without
+  sweep(), an empty grid, and a key that both set.
+  """
+  file, _, arg = path.partition(':')
+  spec = importlib.util.spec_from_file_location('study_config', file)
+  if spec is None or spec.loader is None:
+    raise UserError(f'--config={path}: {file} is not a Python file')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'sweep'):
+    raise UserError(
+      f'--config={path}: {file} has no sweep(): take configs/scaling.py:demo '
+      'for a pattern'
+    )
+  found = list(module.sweep(arg) if arg else module.sweep())
+  if not found:
+    raise UserError(f'--config={path}: sweep() yields no points: nothing to do')
+  for key in given:
+    if any(key in changes for changes in found):
+      raise UserError(
+        f'--config.{key}: sweep() of {file} sets it for each point: change it '
+        'there'
+      )
+  return found
+
+
+def entries(base: Config, sweep: Iterable[Mapping[str, Any]]) -> list[Entry]:
+  """Checked. Raises UserError, naming the point and the reason, for a key that
+  does not exist, values that cannot work, and a point that is there twice."""
+  found: dict[str, Entry] = {}
+  for changes in sweep:
+    what = f'sweep(): point ({in_words(changes)})'
+    if not isinstance(changes, Mapping):
+      raise UserError(f'sweep(): {changes!r} is not a dict of dotted keys')
+    for key, value in _searches(changes).items():
+      value.check(f'{what}: {key}')
+    config = _merged(base, _started(changes), what)
+    try:
+      validate(config)
+    except UserError as error:
+      raise UserError(f'{what}: {error}') from None
+    if not config.train.eval_rows:
+      raise UserError(
+        f'{what}: config.train.eval_rows=0: a study is made of evaluations'
+      )
+    id = _id(config, {k: repr(v) for k, v in _searches(changes).items()})
+    if id in found:
+      raise UserError(f'{what} is there twice: sweep() must yield it once')
+    found[id] = Entry(id, dict(changes))
+  return list(found.values())
+
+
+def resolve(
+  base: Config, entry: Entry, results: Results
+) -> Spec | list[Spec] | str:
+  """The point, or the trials that must end before, or why there is none."""
+  known = _started(entry.changes)
+  for key, search in _searches(entry.changes).items():
+    rows = _merged(base, known, 'sweep()').train.rows
+    trial = lambda value, rows, key=key: _trial(
+      base, known | {key: value, 'train.rows': rows}
+    )
+    seen: dict[tuple[float, int], float | None] = {}
+    while isinstance(asked := search.next(seen, rows), Ask):
+      specs = {v: trial(v, asked.rows) for v in asked.values}
+      ended = {v: results(spec.id) for v, spec in specs.items()}
+      if any(figures is None for figures in ended.values()):
+        return [specs[v] for v, figures in ended.items() if figures is None]
+      for v, figures in ended.items():
+        seen[v, asked.rows] = (figures or {}).get(search.metric)
+    if asked.failure:
+      return f'{key}: {asked.failure}'
+    known[key] = asked.value
+  config = _merged(base, known, 'sweep()')
+  return Spec(entry.id, 'grid', known, _aim(config, entry.changes), config)
+
+
+def in_words(changes: Mapping[str, Any]) -> str:
+  """'sae.latents=512, act.k=16'."""
+  if not isinstance(changes, Mapping):
+    return repr(changes)
+  show = lambda v: f'{v:g}' if isinstance(v, float) else str(v)
+  return ', '.join(f'{k}={show(v)}' for k, v in changes.items())
+
+
+def read_spec(record: Mapping[str, Any], base: Config) -> Spec:
+  """The point of a `record_of`."""
+  config = _merged(base, record['changes'], 'point')
+  return Spec(
+    record['id'], record['stage'], record['changes'], record['k'], config
+  )
+
+
+def record_of(spec: Spec) -> dict[str, Any]:
+  """What says all of a point in JSON, beside the base."""
+  return {k: v for k, v in spec._asdict().items() if k != 'config'}
+
+
+def _trial(base: Config, changes: dict[str, Any]) -> Spec:
+  config = _merged(base, changes, 'sweep()')
+  return Spec(_id(config), 'trial', changes, _aim(config, changes), config)
+
+
+def _searches(changes: Mapping[str, Any]) -> dict[str, Search]:
+  return {k: v for k, v in changes.items() if isinstance(v, TargetL0 | Halving)}
+
+
+def _started(changes: Mapping[str, Any]) -> dict[str, Any]:
+  """With the values that searches begin from."""
+  return dict(changes) | {k: s.start for k, s in _searches(changes).items()}
+
+
+def _merged(base: Config, changes: Mapping[str, Any], what: str) -> Config:
+  if base.members:
+    raise UserError('config.members: a study makes its own: leave them out')
+  config = copy.deepcopy(base)
+  set_keys(config, changes, what)
+  # References to keys that were changed are values from here on.
+  return config.copy_and_resolve_references()
+
+
+def _aim(config: Config, changes: Mapping[str, Any]) -> float | None:
+  """The L0 that a point is to have."""
+  if config.act.name != 'jumprelu':
+    return float(config.act.k)
+  for search in changes.values():
+    if isinstance(search, TargetL0):
+      return float(search.l0)
+  return float(config.loss.target_l0) or None
+
+
+def _id(config: Config, more: Mapping[str, str] = {}) -> str:  # noqa: B006
+  what = trajectory(config.to_dict()) | dict(more)
+  text = json.dumps(what, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]

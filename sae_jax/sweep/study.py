@@ -1,0 +1,218 @@
+"""A study's folder: which points, in which jobs, how far each is.
+
+  study.json                  the base config, the grid, the store
+  jobs/<job>/job.json         its points; of each that failed the reason
+  jobs/<job>/members/<point>/ the run folder of a point
+  jobs/<job>/log.txt          what its processes printed
+
+Points are put into jobs once and stay there. All else is read off the run
+folders, so that a job may as well be run by hand. Any number of programs may
+work on a study: whoever holds a job's lock runs it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.paths import write_atomic
+from sae_jax.store.manifest import read_manifest, store_fingerprint
+from sae_jax.sweep import grid
+from sae_jax.sweep.grid import Entry, Spec
+from sae_jax.train import checkpoints
+from sae_jax.train.integrity import Damaged
+from sae_jax.train.run import changed_keys, read_config, run_folder
+from sae_jax.train.state import steps_of
+from sae_jax.train.writer import read_metrics
+
+FORMAT, VERSION = 'sae_jax.study', 1
+
+
+class Job(NamedTuple):
+  """Points that are trained together."""
+
+  id: str
+  folder: Path
+  specs: list[Spec]
+
+  def run(self, spec: Spec) -> Path:
+    """The run folder of one of its points."""
+    return self.folder / 'members' / spec.id
+
+
+class Study(NamedTuple):
+  """A study as its folder has it; `open_study` makes one."""
+
+  folder: Path
+  base: Config
+  entries: list[Entry]
+
+
+def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
+  """Makes the folder, or finds the same study there; more points may have come
+  to its grid. Raises UserError for the folder of another sweep."""
+  root = run_folder(folder)
+  path, ids = root / 'study.json', [e.id for e in entries]
+  manifest = read_manifest(base.store.path, complete=False)
+  record = {
+    'format': FORMAT,
+    'version': VERSION,
+    'config': base.to_dict(),
+    'grid': {e.id: grid.in_words(e.changes) for e in entries},
+    'store': store_fingerprint(manifest, base.store.site),
+  }
+  study = Study(root, base, entries)
+  with locked(root):
+    if path.exists():
+      old = read_study(root)
+      gone = [v for k, v in old['grid'].items() if k not in ids]
+      if gone:
+        keys = changed_keys(old['config'], record['config'])
+        raise UserError(
+          f'--workdir={folder} holds the study of another sweep: '
+          + (f'config.{next(iter(keys))} differs, ' if keys else '')
+          + f'{len(gone)} of its points are not in this one ({gone[0]}): take '
+          'another folder'
+        )
+      if old['store'] != record['store']:
+        raise UserError(
+          f'--workdir={folder} holds a study of another store than that in '
+          f'{base.store.path}: give the old one, or take another folder'
+        )
+    elif root.exists() and any(p.name != 'claim' for p in root.iterdir()):
+      raise UserError(
+        f'--workdir={folder} is not empty and holds no study: take another '
+        'folder'
+      )
+    write_atomic(path, json.dumps(record, indent=2) + '\n')
+  return study
+
+
+def read_study(root: Path) -> dict[str, Any]:
+  """study.json. Raises UserError when there is none, or another thing."""
+  path = root / 'study.json'
+  try:
+    record = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(
+      f'{path} does not exist: give the --workdir of launch/sweep.py'
+    ) from None
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error}): restore it') from None
+  if record.get('format') != FORMAT or record.get('version') != VERSION:
+    raise UserError(f'{path} is no {FORMAT} of version {VERSION}')
+  return record
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+  """Keeps other programs from planning; waits for them."""
+  with claim(root, wait=True):
+    yield
+
+
+@contextlib.contextmanager
+def claim(folder: Path, wait: bool = False) -> Iterator[int | None]:
+  """The lock of a job (or study) as a file descriptor, None while another has
+  it. Whatever process inherits the descriptor has the lock too."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / 'claim', os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise UserError(
+      f'--workdir={folder} cannot be used ({error.strerror}): give a folder '
+      'that can be written'
+    ) from error
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    free = True
+  except BlockingIOError:
+    free = False
+  try:
+    yield descriptor if free else None
+  finally:
+    os.close(descriptor)
+
+
+def jobs(study: Study) -> list[Job]:
+  """Those that were planned, in their order."""
+  found = []
+  for path in (study.folder / 'jobs').glob('*/job.json'):
+    record = read_job(path.parent)
+    specs = [grid.read_spec(r, study.base) for r in record['points']]
+    found.append((record['order'], Job(path.parent.name, path.parent, specs)))
+  return [job for _, job in sorted(found, key=lambda x: (x[0], x[1].id))]
+
+
+def add_jobs(study: Study, packs: Iterable[list[Spec]]) -> None:
+  """Plans a job for each list of points. Call under the study's lock."""
+  order = 1 + max((read_job(j.folder)['order'] for j in jobs(study)), default=0)
+  for i, specs in enumerate(packs):
+    folder = study.folder / 'jobs' / specs[0].id
+    write_job(folder, {
+      'format': FORMAT + '.job',
+      'version': VERSION,
+      'order': order + i,
+      'points': [grid.record_of(s) for s in specs],
+      'done': [],  # points that were seen to be whole
+      'failed': {},  # point: reason
+      'alone': [],  # points that were trained by themselves
+      'attempts': [],
+    })  # fmt: skip
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+  """job.json. Raises UserError when it is not whole."""
+  path = folder / 'job.json'
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(
+      f'{path} is not JSON ({error}): remove {folder}, its points are trained '
+      'again'
+    ) from None
+
+
+def write_job(folder: Path, record: dict[str, Any]) -> None:
+  """Replaces job.json. Call under the job's lock, if it may be running."""
+  write_atomic(folder / 'job.json', json.dumps(record, indent=2) + '\n')
+
+
+def state(run: Path, config: Config, seen_whole: bool = False) -> str:
+  """'done', 'open', or what is wrong with a run folder.
+
+  seen_whole: it has been done, and must be still.
+  """
+  last = steps_of(config.train.rows, config.train.batch_rows)
+  if not run.exists():
+    return 'its folder is gone' if seen_whole else 'open'
+  steps = checkpoints.kept_steps(run)
+  try:
+    if (run / 'config.json').exists() or steps:
+      keys = changed_keys(read_config(run).to_dict(), config.to_dict())
+      if keys:
+        return f'its config.json has another {next(iter(keys))}'
+    for step in steps:
+      checkpoints.read_meta(run, step)
+    evaluated = [m['step'] for m in read_metrics(run) if 'eval/fvu' in m]
+  except (UserError, Damaged) as error:
+    return str(error)
+  if last not in steps:
+    return 'its last checkpoint is gone' if seen_whole else 'open'
+  if last not in evaluated:
+    return 'its last evaluation is gone'
+  return 'done'
+
+
+def put_aside(run: Path) -> Path:
+  """Renames a run folder that is not to be used; its new place."""
+  n = 1
+  while (place := run.with_name(f'{run.name}.corrupt-{n}')).exists():
+    n += 1
+  run.rename(place)
+  return place

@@ -1,0 +1,244 @@
+"""Studies that are run, killed, damaged, and run again."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import studies
+
+from sae_jax.errors import UserError
+from sae_jax.sweep import drive, grid, study, tables
+
+pytestmark = pytest.mark.slow
+LAUNCH = studies.ROOT / 'launch'
+
+
+def opened(folder, config, points=studies.POINTS):
+  return study.open_study(str(folder), config, grid.entries(config, points))
+
+
+def go(s, **more):
+  drive.drive(s, studies.MACHINE, LAUNCH, **more)
+
+
+def attempts(s):
+  return [study.read_job(j.folder)['attempts'] for j in study.jobs(s)]
+
+
+def states(s):
+  return [p.state for p in tables.read(s.folder)[0]]
+
+
+@pytest.fixture(scope='module')
+def finished(store, tmp_path_factory):
+  """A study of four points that was run to its end in one job."""
+  s = opened(tmp_path_factory.mktemp('studies') / 's', studies.base(store))
+  go(s)
+  return s
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  """The same, to damage."""
+  shutil.copytree(finished.folder, tmp_path / 's')
+  return finished._replace(folder=tmp_path / 's')
+
+
+def test_all_points_are_trained_once_in_one_job(finished):
+  assert states(finished) == ['done'] * 4
+  assert [a['points'] for a in attempts(finished)[0]] == [4]
+  go(finished)  # nothing is left to do
+  assert len(attempts(finished)[0]) == 1
+  assert drive.failures(finished) == []
+
+
+def test_tables_have_the_flops_rows_and_seconds_of_each(finished):
+  points, marks = tables.read(finished.folder)
+  assert len(marks) == 4 * 5  # before the first step, and every fifth
+  for p in points:
+    assert p.flops == 20 * 12 * 64 * 16 * p.latents
+    assert p.rows_done == p.rows == 1280 and p.k == 2
+    assert 0 < p.fvu < 1 and p.l0 == pytest.approx(2, abs=0.1)
+    assert p.fvu == [m.fvu for m in marks if m.point == p.point][-1]
+    assert json.loads(p.changes)['sae.latents'] == p.latents
+  (job,) = study.jobs(finished)
+  lines = study.read_metrics(job.run(job.specs[0]))
+  logged = [m for m in lines if 'perf/step_ms' in m]
+  took = sum(5 * m['perf/step_ms'] for m in logged) / 1e3
+  took *= 20 / (5 * len(logged))  # the first stretch has no time
+  shares = [p.seconds for p in points]
+  assert sum(shares) == pytest.approx(took, rel=0.3)
+  pace = [p.seconds / p.flops_executed for p in points]
+  assert pace == pytest.approx([pace[0]] * 4)
+
+
+def test_a_grid_may_grow_but_not_become_another(copy, store):
+  more = (*studies.POINTS, {'act.k': 4})
+  s = opened(copy.folder, copy.base, more)
+  go(s)
+  assert states(s) == ['done'] * 5
+  assert [a['points'] for (a,) in attempts(s)] == [4, 1]
+  with pytest.raises(UserError, match='of another sweep: 1 of its points'):
+    opened(copy.folder, copy.base, more[1:])
+  other = studies.base(store, **{'optim.b2': 0.99})
+  with pytest.raises(UserError, match='another sweep: config.optim.b2 differs'):
+    opened(copy.folder, other, more)
+  (copy.folder / 'study.json').write_text('{')
+  with pytest.raises(UserError, match='not JSON'):
+    opened(copy.folder, copy.base, more)
+
+
+def test_folders_that_are_no_study(store, tmp_path):
+  (tmp_path / 'notes.txt').write_text('mine')
+  with pytest.raises(UserError, match='not empty and holds no study'):
+    opened(tmp_path, studies.base(store))
+  with pytest.raises(UserError, match='launch/sweep.py'):
+    tables.read(tmp_path)
+
+
+@pytest.mark.parametrize('damage', ['config', 'checkpoint', 'metrics', 'gone'])
+def test_a_corrupt_point_alone_is_trained_again(copy, damage, caplog):
+  (job,) = study.jobs(copy)
+  run = job.run(job.specs[1])
+  before = tables.read(copy.folder)[0][1]
+  match damage:
+    case 'config':
+      (run / 'config.json').write_text('{"seed": 1')
+    case 'checkpoint':
+      (run / 'checkpoints' / '20' / 'meta' / 'record.json').write_text('{}')
+    case 'metrics':
+      (run / 'metrics.jsonl').write_text('')
+    case 'gone':
+      shutil.rmtree(run)
+  go(copy)
+  assert f'point {job.specs[1].id}' in caplog.text
+  assert 'is corrupt' in caplog.text and 'trained again' in caplog.text
+  assert [a['points'] for a in attempts(copy)[0]] == [4, 1]
+  after = tables.read(copy.folder)[0][1]
+  assert after.state == 'done'
+  assert after.fvu == pytest.approx(before.fvu, rel=1e-4)
+  if damage != 'gone':
+    assert (run.parent / f'{run.name}.corrupt-1').is_dir()
+
+
+def test_a_point_that_fails_is_reported_and_stops_no_other(store, tmp_path):
+  points = [{}, {'optim.lr': 1e38}, {'sae.latents': 64}]
+  config = studies.write_config(tmp_path / 'study.py', store, points)
+  done = studies.run(config, tmp_path / 's')
+  assert done.returncode == 2, done.stderr
+  (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+  assert '1 points of' in line and 'optim.lr=1e+38' in line
+  assert '--retry_failed' in line
+  points, _ = tables.read(tmp_path / 's')
+  assert [p.state for p in points] == ['done', 'failed', 'done']
+  assert 'updates in a row' in points[1].reason or 'is' in points[1].reason
+  before = [p.fvu for p in points]
+  again = studies.run(config, tmp_path / 's')
+  assert again.returncode == 2
+  (job,) = (tmp_path / 's' / 'jobs').iterdir()
+  count = len(study.read_job(job)['attempts'])
+  assert studies.run(config, tmp_path / 's', '--retry_failed').returncode == 2
+  assert len(study.read_job(job)['attempts']) == count + 1  # it alone
+  assert [p.fvu for p in tables.read(tmp_path / 's')[0]] == before
+
+
+def start(config, folder, *flags):
+  return subprocess.Popen(
+    studies.command(config, folder, *flags), env=studies.environment(),
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+
+
+def until_saved(folder, seconds=120):
+  """Waits for a checkpoint of any point."""
+  over = time.monotonic() + seconds
+  while time.monotonic() < over:
+    if any(folder.glob('jobs/*/members/*/checkpoints/*/meta')):
+      return
+    time.sleep(0.05)
+  raise AssertionError('nothing was saved')
+
+
+LONG = {'train.rows': 1500 * 64, 'train.eval_rows': 750 * 64}
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_a_driver_that_is_killed_goes_on(store, tmp_path, number):
+  config = studies.write_config(tmp_path / 'study.py', store, **LONG)
+  folder = tmp_path / 's'
+  first = start(config, folder)
+  until_saved(folder)
+  first.send_signal(number)
+  said = first.communicate(timeout=120)[0]
+  assert first.returncode == {15: 143, 9: -9}[int(number)], said
+  if number == signal.SIGKILL:  # its child goes on, and keeps the job
+    second = studies.run(config, folder, '--sequences=0')
+    assert 'waiting for 1 jobs of other programs' in second.stderr
+  else:
+    second = studies.run(config, folder)
+  assert second.returncode == 0, second.stderr
+  points, _ = tables.read(folder)
+  assert [p.state for p in points] == ['done'] * 4
+  log = next(folder.glob('jobs/*/log.txt')).read_text()
+  assert log.count('going on from step') == (number == signal.SIGTERM)
+
+
+def test_two_drivers_do_not_run_a_point_twice(store, tmp_path):
+  config = studies.write_config(tmp_path / 'study.py', store)
+  folder = tmp_path / 's'
+  both = [start(config, folder, '--points_per_job=2') for _ in range(2)]
+  said = [p.communicate(timeout=240)[0] for p in both]
+  assert [p.returncode for p in both] == [0, 0], said
+  jobs = list((folder / 'jobs').iterdir())
+  assert [len(study.read_job(j)['attempts']) for j in jobs] == [1, 1]
+  assert [p.state for p in tables.read(folder)[0]] == ['done'] * 4
+
+
+def test_searches_run_their_trials_first(store, tmp_path):
+  search = 'Halving((1e-4, 3e-3), rows=320, eta=2)'
+  config = tmp_path / 'study.py'
+  studies.write_config(config, store, [{'optim.lr': 'HERE'}])
+  config.write_text(config.read_text().replace("'HERE'", search))
+  done = studies.run(config, tmp_path / 's')
+  assert done.returncode == 0, done.stderr
+  points, _ = tables.read(tmp_path / 's')
+  assert [p.stage for p in points] == ['trial', 'trial', 'trial', 'grid'][
+    -len(points) :
+  ]
+  assert points[-1].rows == 1280
+  trials = {p.lr: p.fvu for p in points if p.stage == 'trial' and p.rows == 320}
+  assert points[-1].lr == pytest.approx(min(trials, key=trials.get))
+
+
+def test_dry_run_writes_nothing(store, tmp_path):
+  config = studies.write_config(tmp_path / 'study.py', store)
+  done = studies.run(config, tmp_path / 's', '--dry_run')
+  assert done.returncode == 0, done.stderr
+  assert '4 points to train in 1 jobs' in done.stdout
+  total = 20 * 12 * 64 * 16 * (2 * 32 + 2 * 64)
+  assert f'{total:.3g} FLOPs' in done.stdout and 'GiB' in done.stdout
+  assert 'about' in done.stdout and not (tmp_path / 's').exists()
+
+
+def test_printed_commands_run_their_jobs(store, tmp_path):
+  config = studies.write_config(tmp_path / 'study.py', store)
+  done = studies.run(
+    config, tmp_path / 's', '--submit=print', '--points_per_job=2'
+  )
+  lines = done.stdout.splitlines()
+  assert len(lines) == 2 and all('--job=' in line for line in lines), done
+  subprocess.run(lines[1], shell=True, check=True, env=studies.environment())
+  assert states_of(tmp_path / 's') == ['done', 'done', 'missing', 'missing']
+  again = studies.run(config, tmp_path / 's', '--submit=print')
+  assert again.stdout.splitlines() == [
+    lines[0].replace(' --points_per_job=2', '')
+  ]
+  wrong = studies.run(config, tmp_path / 's', '--job=none')
+  assert wrong.returncode == 2 and 'has no such job' in wrong.stderr
+
+
+def states_of(folder):
+  return sorted(p.state for p in tables.read(folder)[0])

@@ -1,0 +1,124 @@
+"""Points, their ids, and every way in which a grid can be wrong."""
+
+import pytest
+import studies
+
+from sae_jax.errors import UserError
+from sae_jax.sweep import grid, packing
+from sae_jax.sweep.machine import UNKNOWN, Machine
+from sae_jax.sweep.search import Halving, TargetL0
+from sae_jax.train.config import member_configs, stacks, validate
+
+
+def test_an_id_is_of_all_that_decides_the_result(store):
+  ids = lambda **more: [
+    s.id for s in studies.specs(studies.base(store, **more))
+  ]
+  first = ids()
+  assert len(set(first)) == 4
+  assert ids() == first
+  assert ids(**{'train.log_rows': 64, 'mesh.data': 2}) == first
+  assert not set(ids(**{'optim.b2': 0.99})) & set(first)
+
+
+def test_changes_move_what_refers_to_them(store):
+  c = studies.base(store)
+  c.optim.warmup_rows = c.train.get_ref('rows') // 4
+  (spec,) = studies.specs(c, [{'train.rows': 2560}])
+  assert spec.config.optim.warmup_rows == 640
+  assert c.optim.warmup_rows == 320
+
+
+@pytest.mark.parametrize(
+  'points, message',
+  [
+    ([{'sae.latent': 32}], r'sae.latent=32\).*did you mean sae.latents'),
+    ([{'sae.latents': 'wide'}], 'must be a int'),
+    ([{'act.k': 64}], r'point \(act.k=64\): config.act.k=64 is more than'),
+    ([{'sae.latents': 30, 'mesh.dict': 4}], r'not divisible.*mesh.dict'),
+    ([{'sae.latents': 64}] * 2, 'there twice'),
+    ([{'loss.l0_coef': TargetL0(8, low=2, high=1)}], 'low < high'),
+    ([{'optim.lr': Halving((), rows=10)}], 'needs values'),
+    (['sae.latents'], 'not a dict'),
+    ([{'train.eval_rows': 0}], 'eval_rows'),
+  ],
+)
+def test_points_that_cannot_work(store, points, message):
+  with pytest.raises(UserError, match=message):
+    grid.entries(studies.base(store), points)
+
+
+@pytest.mark.parametrize(
+  'sweep, given, message',
+  [
+    ('def sweep():\n  return []', (), 'yields no points'),
+    ('', (), r'has no sweep\(\)'),
+    (
+      "def sweep():\n  yield {'seed': 1}", ('seed',),
+      r'--config.seed: sweep\(\).*sets it',
+    ),
+  ],
+)  # fmt: skip
+def test_files_that_cannot_work(tmp_path, sweep, given, message):
+  path = tmp_path / 'study.py'
+  path.write_text(sweep)
+  with pytest.raises(UserError, match=message):
+    grid.load_sweep(str(path), given)
+
+
+def test_an_argument_reaches_the_sweep(tmp_path):
+  path = tmp_path / 'study.py'
+  path.write_text("def sweep(arg='no'):\n  yield {'name': arg}")
+  assert grid.load_sweep(f'{path}:yes') == [{'name': 'yes'}]
+  assert grid.load_sweep(str(path)) == [{'name': 'no'}]
+
+
+def test_a_job_trains_the_very_points(store):
+  specs = studies.specs(studies.base(store))
+  (pack,) = packing.pack(specs, studies.MACHINE)
+  job = packing.job_config(pack)
+  validate(job)
+  assert [m['name'] for m in job.members] == [s.id for s in pack]
+  assert stacks(member_configs(job)) == [[0, 1], [2, 3]]
+
+
+def test_points_share_a_job_only_with_the_same_batches(store):
+  points = [
+    {}, {'seed': 1}, {'train.rows': 640}, {'store.seed': 3},
+    {'train.batch_rows': 32},
+  ]  # fmt: skip
+  packs = packing.pack(
+    studies.specs(studies.base(store), points), studies.MACHINE
+  )
+  assert sorted(map(len, packs)) == [1, 1, 1, 2]
+  seeds = studies.base(store, **{'store.seed': -1})
+  packs = packing.pack(studies.specs(seeds, points[:2]), studies.MACHINE)
+  assert len(packs) == 2  # each draws its own order
+
+
+def test_jobs_are_as_large_as_memory_and_the_limit_allow(store):
+  specs = studies.specs(studies.base(store))
+  assert len(packing.pack(specs, UNKNOWN)) == 1
+  assert list(map(len, packing.pack(specs, UNKNOWN, 3))) == [1, 3]
+  need = packing.job_bytes([s.config for s in specs])
+  small = Machine('cpu', 1, need)  # of which it may have 70%
+  packs = packing.pack(specs, small)
+  assert len(packs) > 1
+  assert all(
+    packing.job_bytes([s.config for s in p]) <= 0.7 * need for p in packs
+  )
+
+
+def test_points_that_do_not_fit_the_machine(store):
+  specs = studies.specs(studies.base(store), [{}, {'mesh.data': 4}])
+  with pytest.raises(
+    UserError, match=r'mesh.data=4\).* 4 devices, there are 2'
+  ):
+    packing.pack(specs, Machine('cpu', 2, 2**33))
+  with pytest.raises(UserError, match='GiB a device.*and 1 points more'):
+    packing.pack(specs, Machine('cpu', 8, 2**12))
+
+
+def test_published_flops_are_12BDF(store):
+  (spec,) = studies.specs(studies.base(store), [{}])
+  assert packing.cost(spec.config, 'cpu').flops == 20 * 12 * 64 * 16 * 32
