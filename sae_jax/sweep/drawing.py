@@ -69,6 +69,7 @@ _FORMS: dict[str, dict[str, Any]] = {
   'dashed': {'ls': '--', 'lw': 1.4, 'marker': ''},
   'dotted': {'ls': ':', 'lw': 1.6, 'marker': ''},
   'joined': {'ls': '-', 'lw': 1.2, 'ms': 4.5},
+  'small': {'ls': '', 'ms': 3},
   'points': {'ls': '', 'ms': 5},
   'faint': {'ls': '', 'ms': 3.5, 'alpha': 0.4},
   'hollow': {'ls': '', 'ms': 6.5, 'mfc': 'none', 'mew': 1.4},
@@ -145,9 +146,8 @@ def _figure(chart: Chart) -> Figure:
   axes.set_ylabel(_LABELS[chart.y])
   _scale(axes.xaxis, chart.log_x, chart.ticks)
   _scale(axes.yaxis, chart.log_y)
-  if not chart.log_y:
-    axes.set_ylim(bottom=0)
   if chart.y == 'dead_share':
+    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100 * v:g}%'))
   figure.legend(
     shown.values(), shown.keys(), loc='outside lower center', ncols=3,
@@ -193,9 +193,9 @@ def number(value: float | None, digits: int = 3) -> str:
     return ''
   if not math.isfinite(value):
     return 'not finite'
-  if value == 0 or 1e-3 <= abs(value) < 999.5:
+  if value == 0 or 2e-3 <= abs(value) < 999.5:
     return f'{value:.{digits}g}'
-  if 999.5 <= abs(value) < 1e7:
+  if 999.5 <= abs(value) < 1e6:
     return f'{value:,.0f}'
   mantissa, exponent = f'{value:.{digits - 1}e}'.split('e')
   mantissa = mantissa.rstrip('0').rstrip('.')

@@ -6,12 +6,6 @@ from typing import Any
 from sae_jax.sweep.drawing import number
 from sae_jax.sweep.tables import Point
 
-VERDICTS = {
-  'ok': 'determined',
-  'undetermined': 'undetermined',
-  'too few points': 'too few points',
-}
-
 
 def part_of(point: Point) -> dict[str, Any]:
   """The slice of a study that a point belongs to: one law each."""
@@ -35,6 +29,11 @@ def words(part: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
   return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def sentence(text: str) -> str:
+  """With a capital at its start."""
+  return text[:1].upper() + text[1:]
 
 
 def find(
@@ -78,10 +77,8 @@ def in_words(fit: dict[str, Any] | None, name: str) -> str:
     return f'No law {name} was fitted here.'
   if fit['verdict'] != 'ok':
     why = fit.get('why', '').strip().rstrip('.')
-    verdict = VERDICTS.get(fit['verdict'], fit['verdict'])
-    return f'The law {fit["formula"]}: {verdict}' + (
-      f': {why}.' if why else '.'
-    )
+    is_ = 'has' if fit['verdict'] == 'too few points' else 'is'
+    return f'{name} {is_} {fit["verdict"]}' + (f': {why}.' if why else '.')
   values = ', '.join(f'{k} = {interval(v)}' for k, v in fit['params'].items())
   text = f'Fitted: {fit["formula"]} with {values}.'
   return f'{text} {held_out(fit)}'.strip()

@@ -13,11 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sae_jax.paths import write_atomic
-from sae_jax.sweep import drawing
-from sae_jax.sweep.charts import sections
+from sae_jax.sweep import charts, drawing
 from sae_jax.sweep.drawing import number
 from sae_jax.sweep.law_words import (
-  VERDICTS,
   exponent,
   flops_key,
   held_out,
@@ -45,31 +43,26 @@ def write(
   and study.html is written last. Raises UserError where pyarrow is not
   installed.
   """
-  folder, files = Path(folder), {}
-  for name, kind, rows in (('points', Point, points), ('curves', Mark, marks)):
-    made = table(kind, rows)
-    files[f'{name}.csv'] = csv(made)
-    files['study.parquet' if kind is Point else f'{name}.parquet'] = parquet(
-      made
-    )
-  shown = []
-  for section in sections(points, marks, laws):
-    figures = []
-    for chart in section.charts:
+  all_points, all_marks = table(Point, points), table(Mark, marks)
+  files = {
+    'study.parquet': parquet(all_points),
+    'points.csv': csv(all_points),
+    'curves.parquet': parquet(all_marks),
+    'curves.csv': csv(all_marks),
+  }
+  shown = {}
+  for section, figures in charts.sections(points, marks, laws).items():
+    shown[section] = []
+    for chart in figures:
+      numbers = table(drawing.Row, drawing.rows(chart))
       svg, png = drawing.pictures(chart)
       files[f'figures/{chart.name}.png'] = png
-      files[f'figures/{chart.name}.csv'] = csv(
-        table(drawing.Row, drawing.rows(chart))
-      )
-      figures.append({
-        'name': chart.name, 'title': chart.title, 'svg': Markup(svg),
-        'caption': chart.caption,
-      })  # fmt: skip
-    shown.append(section._asdict() | {'charts': figures})
+      files[f'figures/{chart.name}.csv'] = csv(numbers)
+      shown[section].append(chart._asdict() | {'svg': Markup(svg)})
   page = _render(title, points, laws, shown)
   for name, data in files.items():
-    write_atomic(folder / name, data)
-  path = folder / 'study.html'
+    write_atomic(Path(folder) / name, data)
+  path = Path(folder) / 'study.html'
   write_atomic(path, page)
   return path
 
@@ -78,7 +71,7 @@ def _render(
   title: str,
   points: Sequence[Point],
   laws: dict[str, Any],
-  shown: list[dict[str, Any]],
+  shown: dict[str, list[dict[str, Any]]],
 ) -> str:
   here = Path(__file__).parent
   environment = Environment(
@@ -93,7 +86,7 @@ def _render(
     ramps=list(zip(drawing.RAMP, drawing.RAMP_DARK, strict=True)),
     facts=_facts(points),
     tiles=_tiles(points, laws),
-    sections=shown,
+    charts=shown,
     fitted=bool(laws.get('fits')),
     fits=[_fit(f) for f in laws.get('fits', [])],
     notes=_notes(laws),
@@ -180,7 +173,7 @@ def _notes(laws: dict[str, Any]) -> list[str]:
 
 def _fit(fit: dict[str, Any]) -> dict[str, Any]:
   """A row of the table of laws."""
-  error = fit.get('rms_log_error')
+  ok, error = fit['verdict'] == 'ok', fit.get('rms_log_error')
   why = [fit.get('why', ''), *fit.get('warnings', [])]
   return {
     'title': fit['title'],
@@ -190,8 +183,8 @@ def _fit(fit: dict[str, Any]) -> dict[str, Any]:
     'points': len(fit['points']),
     'error': '' if error is None else f'{error:.2%}',
     'held_out': held_out(fit),
-    'verdict': VERDICTS.get(fit['verdict'], fit['verdict']),
-    'ok': fit['verdict'] == 'ok',
+    'verdict': 'determined' if ok else fit['verdict'],
+    'ok': ok,
     'why': [sentence for sentence in why if sentence],
   }
 
