@@ -94,13 +94,14 @@ def joint(study: Study) -> list[Chart]:
       continue
     at = dict(zip(*reversed(fit_points(fit)), strict=True))
     chosen = [p for p in study.grid if p.point in at]
+    lines = {float(k): c for k, c in (fit.get('curves') or {}).items()}
     sparsity, series = values(chosen, 'k'), []
     for i, k in enumerate(sparsity):
       ids = [p.point for p in chosen if p.k == k]
       label, look = f'k = {k:g}', ramp(i, len(sparsity))
       own = [at[p] for p in ids]
       series += series_of(label, own, 'points', points=ids, **look)
-      line = (fit.get('curves') or {}).get(f'{k:g}')
+      line = lines.get(k)
       series += curve('', line, 'line', look['color']) if line else []
     if series:
       made.append(

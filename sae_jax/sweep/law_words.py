@@ -79,7 +79,9 @@ def in_words(fit: dict[str, Any] | None, name: str) -> str:
     why = fit.get('why', '').strip().rstrip('.')
     is_ = 'has' if fit['verdict'] == 'too few points' else 'is'
     return f'{name} {is_} {fit["verdict"]}' + (f': {why}.' if why else '.')
-  values = ', '.join(f'{k} = {interval(v)}' for k, v in fit['params'].items())
+  values = ', '.join(
+    f'{k} = {interval(v)}' for k, v in (fit['params'] or {}).items()
+  )
   text = f'Fitted: {fit["formula"]} with {values}.'
   return f'{text} {held_out(fit)}'.strip()
 

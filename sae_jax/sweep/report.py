@@ -129,12 +129,13 @@ def _tiles(
   rest = ', '.join(
     f'{count} {state}' for state, count in states.items() if state != 'done'
   )
-  widths = sorted({p.latents for p in points}) or [0]
+  widths = sorted({p.latents for p in points})
+  ends = dict.fromkeys(f'{width:,}' for width in (*widths[:1], *widths[-1:]))
   flops = sum(getattr(p, flops_key(laws)) for p in points)
   kind = 'executed' if flops_key(laws) == 'flops_executed' else 'published'
   tiles = [
-    (f'{states["done"]} of {len(points)}', f'SAEs done{rest and ": " + rest}'),
-    (f'{widths[0]:,} to {widths[-1]:,}', 'latents'),
+    (f'{states["done"]} of {len(points)}', f'SAEs done{rest and "; " + rest}'),
+    (' to '.join(ends) or 'none', 'latents'),
     (number(sum(p.device_hours for p in points)), 'device-hours'),
     (number(flops), f'training FLOPs, {kind} count'),
   ]
