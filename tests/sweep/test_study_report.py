@@ -203,6 +203,11 @@ def test_each_chart_has_its_picture_and_the_numbers_in_it(study, written, page):
   drawn = {p.stem: p.read_text() for p in written.glob('figures/*.csv')}
   assert not any('unmeasured' in text for text in drawn.values())
   assert str(loss(4096, 64, 4_000_000)) in drawn['pareto-fvu']
+  # Trials are only in the chart of learning rates.
+  assert not any('-0.0001' in text for text in drawn.values())
+  assert str(loss(512, 32, 1_000_000) + 0.02) in drawn['lr-topk-k-32']
+  assert drawn['best-width-topk-k-32'].count('"best, at the edge"') == 2
+  assert drawn['best-width-topk-k-32'].count('"best"') == 3
 
 
 def test_the_page_asks_the_network_for_nothing(written, page):
