@@ -6,6 +6,7 @@ Points that lack a chart's numbers are left out of it.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,11 @@ def sections(
   points: Sequence[Point], marks: Sequence[Mark], laws: dict[str, Any]
 ) -> dict[str, list[Chart]]:
   """The charts of each section of the page. `laws` is laws.json, or empty."""
-  done = [p for p in points if p.state == 'done']
+  evaluated = {m.point for m in marks}
+  done = [
+    p for p in points
+    if p.state == 'done' and (finite(p.fvu) or p.point in evaluated)
+  ]  # fmt: skip
   grid = [p for p in done if p.stage == 'grid']
   timed = {e['latents'] for e in laws.get('time_to_target', [])}
   widths = sorted(timed | {p.latents for p in done})
@@ -69,8 +74,8 @@ def _pareto(study: Study) -> list[Chart]:
       best = front(place[p] for p in ids)
       rest = [p for p in ids if place[p] not in best]
       at = [place[p] for p in rest]
-      series += series_of(label, best, 'joined', **look)
-      series += series_of('', at, 'faint', points=rest, **look)
+      series += series_of(label, best, 'joined', *look)
+      series += series_of('', at, 'faint', *look, points=rest)
     best = front(place.values())
     series += series_of('beaten by none', best, 'hollow', INK)
     made.append(
@@ -104,9 +109,9 @@ def _rates(study: Study) -> list[Chart]:
     for (width, _), line in sorted(lines.items()):
       if len({lr for lr, _ in line}) > 1:
         line, look = sorted(line), study.look(width)
-        series += series_of(f'{width:,}', line, 'joined', **look)
+        series += series_of(f'{width:,}', line, 'joined', *look)
         found = [_on_line(line, lr) for x, lr in at if x == width]
-        series += series_of('', found, 'hollow', look['color'])
+        series += series_of('', found, 'hollow', look.color)
     if series:
       made.append(
         Chart(
@@ -137,14 +142,14 @@ def _dead(study: Study) -> list[Chart]:
   chosen = [p for p in study.grid if finite(p.dead_share)]
   parts, series = slices(chosen), []
   for i, (part, own) in enumerate(parts):
-    at = [(p.latents, p.dead_share) for p in own]
+    at = [(p.latents, p.dead_share or 0.0) for p in own]
     ids, look = [p.point for p in own], ramp(i, len(parts))
     means = [
-      (width, float(np.mean([y for x, y in at if x == width])))
+      (width, fmean(y for x, y in at if x == width))
       for width in values(own, 'latents')
     ]
-    series += series_of(words(part), at, 'points', points=ids, **look)
-    series += series_of('', means, 'thin', look['color'])
+    series += series_of(words(part), at, 'points', *look, points=ids)
+    series += series_of('', means, 'thin', look.color)
   if not series:
     return []
   return [
@@ -165,7 +170,7 @@ def _targets(study: Study) -> list[Chart]:
       for width in sorted({e['latents'] for e in own}):
         at = sorted((e['target'], e[cost]) for e in own
                     if e['latents'] == width and finite(e[cost]))  # fmt: skip
-        series += series_of(f'{width:,}', at, 'joined', **study.look(width))
+        series += series_of(f'{width:,}', at, 'joined', *study.look(width))
       missed = sum(not finite(e[cost]) for e in own)
       if series:
         made.append(

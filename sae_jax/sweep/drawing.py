@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
+  EngFormatter,
   FixedLocator,
   FuncFormatter,
   LogLocator,
@@ -28,8 +29,8 @@ from sae_jax.evaluate import plots
 # steps of lightness, and the same order in both.
 _STEPS = 16
 _VIRIDIS = mpl.colormaps['viridis']
-RAMP = [to_hex(_VIRIDIS(v)) for v in np.linspace(0, 0.7, _STEPS)]
-RAMP_DARK = [to_hex(_VIRIDIS(v)) for v in np.linspace(0.35, 1, _STEPS)]
+RAMP = [to_hex(_VIRIDIS(v)) for v in np.linspace(0, 0.6, _STEPS)]
+RAMP_DARK = [to_hex(_VIRIDIS(v)) for v in np.linspace(0.37, 1, _STEPS)]
 _CARD = '#ffffff'
 _VARIABLES = plots.VARIABLES | {
   _CARD: '--card', **{color: f'--ramp-{i}' for i, color in enumerate(RAMP)}
@@ -65,7 +66,7 @@ class Series(NamedTuple):
 
 _FORMS: dict[str, dict[str, Any]] = {
   'line': {'ls': '-', 'lw': 1.6, 'marker': ''},
-  'thin': {'ls': '-', 'lw': 0.9, 'alpha': 0.75, 'marker': ''},
+  'thin': {'ls': '-', 'lw': 1.1, 'alpha': 0.9, 'marker': ''},
   'dashed': {'ls': '--', 'lw': 1.4, 'marker': ''},
   'dotted': {'ls': ':', 'lw': 1.6, 'marker': ''},
   'joined': {'ls': '-', 'lw': 1.2, 'ms': 4.5},
@@ -101,10 +102,15 @@ class Row(NamedTuple):
   high: float | None
 
 
-def ramp(i: int, n: int) -> dict[str, str]:
+class Look(NamedTuple):
+  color: str
+  marker: str
+
+
+def ramp(i: int, n: int) -> Look:
   """Colour and marker of the i-th of n ordered values, for a Series."""
   step = round(i * (_STEPS - 1) / (n - 1)) if n > 1 else _STEPS // 2
-  return {'color': RAMP[step], 'marker': _MARKERS[i % len(_MARKERS)]}
+  return Look(RAMP[step], _MARKERS[i % len(_MARKERS)])
 
 
 def rows(chart: Chart) -> list[Row]:
@@ -146,6 +152,9 @@ def _figure(chart: Chart) -> Figure:
   axes.set_ylabel(_LABELS[chart.y])
   _scale(axes.xaxis, chart.log_x, chart.ticks)
   _scale(axes.yaxis, chart.log_y)
+  for axis, key in ((axes.xaxis, chart.x), (axes.yaxis, chart.y)):
+    if key == 'rows':
+      axis.set_major_formatter(EngFormatter(sep=''))
   if chart.y == 'dead_share':
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100 * v:g}%'))
@@ -195,12 +204,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return 'not finite'
   if value == 0 or 2e-3 <= abs(value) < 999.5:
     return f'{value:.{digits}g}'
-  if 999.5 <= abs(value) < 1e6:
+  if 999.5 <= abs(value) < 1e8:
     return f'{value:,.0f}'
   mantissa, exponent = f'{value:.{digits - 1}e}'.split('e')
   mantissa = mantissa.rstrip('0').rstrip('.')
   power = '10' + str(int(exponent)).translate(_RAISED)
-  return power if mantissa == '1' else f'{mantissa} × {power}'
+  return power if mantissa == '1' else f'{mantissa}\u00a0×\u00a0{power}'
 
 
 _RAISED = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')

@@ -38,9 +38,9 @@ def compute(study: Study) -> list[Chart]:
     for p in sorted(chosen, key=lambda p: p.latents):
       line, look = of_point[p.point], study.look(p.latents)
       label, ids = f'{p.latents:,}', [p.point] * len(line)
-      series += series_of(label, line, 'thin', points=ids, **look)
+      series += series_of(label, line, 'thin', *look, points=ids)
       end = [(getattr(p, flops), p.fvu)]
-      series += series_of('', end, 'small', points=[p.point], **look)
+      series += series_of('', end, 'small', *look, points=[p.point])
     if not series:
       continue
     for e in study.laws.get('envelopes', []):
@@ -100,9 +100,9 @@ def joint(study: Study) -> list[Chart]:
       ids = [p.point for p in chosen if p.k == k]
       label, look = f'k = {k:g}', ramp(i, len(sparsity))
       own = [at[p] for p in ids]
-      series += series_of(label, own, 'points', points=ids, **look)
+      series += series_of(label, own, 'points', *look, points=ids)
       line = lines.get(k)
-      series += curve('', line, 'line', look['color']) if line else []
+      series += curve('', line, 'line', look.color) if line else []
     if series:
       made.append(
         Chart(

@@ -135,9 +135,9 @@ def _tiles(
   kind = 'executed' if flops_key(laws) == 'flops_executed' else 'published'
   tiles = [
     (f'{states["done"]} of {len(points)}', f'SAEs done{rest and "; " + rest}'),
-    (' to '.join(ends) or 'none', 'latents'),
+    ('–'.join(ends) or 'none', 'latents'),
     (number(sum(p.device_hours for p in points)), 'device-hours'),
-    (number(flops), f'training FLOPs, {kind} count'),
+    (number(flops, 2), f'training FLOPs, {kind} count'),
   ]
   return [*tiles, _headline(laws)]
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from sae_jax.evaluate.plots import MAIN, SECOND
-from sae_jax.sweep.drawing import Chart, Series, ramp
+from sae_jax.sweep.drawing import Chart, Look, Series, ramp
 from sae_jax.sweep.law_words import part_of, words
 from sae_jax.sweep.tables import Mark, Point
 
 
 class Study(NamedTuple):
-  """What the charts are made from."""
+  """What the charts are made from: points that were evaluated."""
 
   grid: list[Point]  # done, without trials
   done: list[Point]
@@ -20,7 +20,7 @@ class Study(NamedTuple):
   laws: dict[str, Any]
   widths: list[int]  # of all charts: a width keeps its colour
 
-  def look(self, latents: int) -> dict[str, str]:
+  def look(self, latents: int) -> Look:
     """Colour and marker of a width."""
     return ramp(self.widths.index(latents), len(self.widths))
 
