@@ -17,6 +17,7 @@ from sae_jax.sweep.drawing import Chart, ramp
 from sae_jax.sweep.law_words import find, in_words, words
 from sae_jax.sweep.series import (
   Study,
+  alike,
   distinct,
   finite,
   fit_points,
@@ -62,29 +63,32 @@ def _pareto(study: Study) -> list[Chart]:
       p.point: (p.l0, getattr(p, metric)) for p in study.grid
       if finite(p.l0) and finite(getattr(p, metric))
     }  # fmt: skip
-    if not place:
-      continue
-    groups, series = defaultdict(list), []
-    for p in study.grid:
-      if p.point in place:
-        groups[p.latents, p.activation].append(p.point)
-    for (width, kind), ids in sorted(groups.items()):
-      label = f'{width:,}' + (f' {kind}' if len(kinds) > 1 else '')
-      look = study.look(width)
-      best = front(place[p] for p in ids)
-      rest = [p for p in ids if place[p] not in best]
-      at = [place[p] for p in rest]
-      series += series_of(label, best, 'joined', *look)
-      series += series_of('', at, 'faint', *look, points=rest)
-    best = front(place.values())
-    series += series_of('beaten by none', best, 'hollow', INK)
-    made.append(
-      Chart(
-        slug(f'pareto-{metric}', {}), f'{name} against L0',
-        f'{len(best)} of {len(place)} SAEs are beaten by none.', 'l0', metric,
-        series, log_y=min(y for _, y in place.values()) > 0,
-      )
-    )  # fmt: skip
+    overall, figures = front(place.values()), []
+    for kind in kinds:
+      groups, series = defaultdict(list), []
+      for p in study.grid:
+        if p.point in place and p.activation == kind:
+          groups[p.latents].append(p.point)
+      for width, ids in sorted(groups.items()):
+        look, best = study.look(width), front(place[p] for p in ids)
+        rest = [p for p in ids if place[p] not in best]
+        at = [place[p] for p in rest]
+        series += series_of(f'{width:,}', best, 'joined', *look)
+        series += series_of('', at, 'faint', *look, points=rest)
+      own = {place[p] for ids in groups.values() for p in ids}
+      best = [at for at in overall if at in own]
+      series += series_of('beaten by none', best, 'hollow', INK)
+      if series:
+        figures.append(
+          Chart(
+            slug(f'pareto-{metric}', {'activation': kind}),
+            f'{name} against L0, {kind}',
+            f'{len(best)} of {sum(map(len, groups.values()))} SAEs are beaten '
+            'by none.', 'l0', metric, series,
+            log_y=min(y for _, y in own) > 0,
+          )
+        )  # fmt: skip
+    made += alike(figures)
   return made
 
 

@@ -183,8 +183,7 @@ def _scale(axis: Any, log: bool, ticks: Sequence[float] = ()) -> None:
   getattr(axis.axes, f'set_{axis.axis_name}scale')('log' if log else 'linear')
   low, high = sorted(axis.get_view_interval())
   if ticks:
-    every = math.ceil(len(ticks) / 6)
-    axis.set_major_locator(FixedLocator(list(ticks)[::every]))
+    axis.set_major_locator(FixedLocator(_apart(ticks)))
   elif not log or high < 4 * low:
     axis.set_major_locator(MaxNLocator(5 if axis.axis_name == 'y' else 4))
   elif high > 200 * low:
@@ -194,6 +193,17 @@ def _scale(axis: Any, log: bool, ticks: Sequence[float] = ()) -> None:
   axis.set_minor_locator(NullLocator())
   axis.set_minor_formatter(NullFormatter())
   axis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+  """Those whose labels do not meet on a logarithmic axis."""
+  first, *rest = sorted(ticks)
+  share = 0.2 if max(ticks) >= 1e5 else 0.13  # of the axis, for a label
+  kept = [first]
+  for tick in rest:
+    if math.log(tick / kept[-1]) >= share * math.log(max(ticks) / first):
+      kept.append(tick)
+  return kept
 
 
 def number(value: float | None, digits: int = 3) -> str:

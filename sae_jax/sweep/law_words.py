@@ -22,13 +22,9 @@ def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def words(part: dict[str, Any]) -> str:
   """{'activation': 'topk', 'k': 32} -> 'topk, k = 32'."""
   return ', '.join(
-    str(value) if key == 'activation' else f'{key} = {_plain(value)}'
+    str(value) if key == 'activation' else f'{key} = {number(value)}'
     for key, value in part.items()
   )
-
-
-def _plain(value: Any) -> str:
-  return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def sentence(text: str) -> str:

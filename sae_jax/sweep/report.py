@@ -105,6 +105,7 @@ def _facts(points: Sequence[Point]) -> list[tuple[str, str]]:
     ('Dictionaries', f'{kinds}, {_all(grid, "d_in")} numbers in'),
     ('Latents N', _all(grid, 'latents')),
     ('k', _all(grid, 'k')),
+    ('L0 coefficients', _all([p for p in grid if p.k is None], 'l0_coef')),
     ('Rows (tokens)', _all(grid, 'rows')),
     ('Learning rates', _all(points, 'lr')),
     ('Seeds', f'{len({p.seed for p in grid})}'),
@@ -117,7 +118,7 @@ def _all(points: Sequence[Point], field: str) -> str:
   """The values of a field; the ends where there are many."""
   values = sorted({getattr(p, field) for p in points} - {None})
   if len(values) > 8:
-    return f'{len(values)}, {number(values[0])} to {number(values[-1])}'
+    return f'{len(values)} from {number(values[0])} to {number(values[-1])}'
   return ', '.join(number(v) for v in values)
 
 
@@ -221,7 +222,7 @@ def _beyond(entry: dict[str, Any]) -> str:
   factor = entry.get('beyond')
   if factor is None or factor <= 1:
     return 'within the study'
-  return f'{factor:.3g} times beyond it'
+  return f'{factor:.3g} times beyond the study'
 
 
 def _order(p: Point) -> tuple:

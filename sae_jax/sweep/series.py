@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from sae_jax.evaluate.plots import MAIN, SECOND
 from sae_jax.sweep.drawing import Chart, Look, Series, ramp
-from sae_jax.sweep.law_words import part_of, words
+from sae_jax.sweep.law_words import part_of
 from sae_jax.sweep.tables import Mark, Point
 
 
@@ -124,19 +124,19 @@ def finite(value: float | None) -> TypeGuard[float]:
 
 def slug(name: str, part: dict[str, Any]) -> str:
   """A file's name: 'latents-topk-k-32'."""
-  return re.sub(r'[^a-z0-9.]+', '-', f'{name}-{words(part)}'.lower()).strip('-')
+  text = '-'.join(
+    str(v) if k == 'activation' else f'{k}-{v:g}' for k, v in part.items()
+  )
+  return re.sub(r'[^a-z0-9.]+', '-', f'{name}-{text}'.lower()).strip('-')
 
 
 def alike(charts: list[Chart]) -> list[Chart]:
-  """Small multiples: the same axes for all."""
+  """Small multiples: the same axes and ticks for all."""
   drawn = [s for chart in charts for s in chart.series]
-  if len(charts) < 2:
+  x = [v for s in drawn for v in s.x]
+  y = [v for s in drawn for v in s.y]
+  if len(charts) < 2 or min(y) <= 0:
     return charts
-  spans = tuple(
-    (min(v) / 1.15, max(v) * 1.15)
-    for v in (
-      [x for s in drawn for x in s.x],
-      [y for s in drawn for y in s.y if y > 0],
-    )
-  )
-  return [chart._replace(spans=spans) for chart in charts]
+  spans = ((min(x) / 1.15, max(x) * 1.15), (min(y) / 1.15, max(y) * 1.15))
+  ticks = sorted({tick for chart in charts for tick in chart.ticks})
+  return [chart._replace(spans=spans, ticks=ticks) for chart in charts]

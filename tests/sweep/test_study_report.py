@@ -202,7 +202,7 @@ def test_each_chart_has_its_picture_and_the_numbers_in_it(study, written, page):
   assert float(shown['predicted']['low']) == 0.08
   drawn = {p.stem: p.read_text() for p in written.glob('figures/*.csv')}
   assert not any('unmeasured' in text for text in drawn.values())
-  assert str(loss(4096, 64, 4_000_000)) in drawn['pareto-fvu']
+  assert str(loss(4096, 64, 4_000_000)) in drawn['pareto-fvu-topk']
   # Trials are only in the chart of learning rates.
   assert not any('-0.0001' in text for text in drawn.values())
   assert str(loss(512, 32, 1_000_000) + 0.02) in drawn['lr-topk-k-32']
@@ -236,7 +236,7 @@ def test_what_the_page_says(page):
     'exponent of loss over compute [0.29, 0.33], topk, k = 32',
     'rows_opt(C) is undetermined: alpha is anywhere from 0.1 to 0.9.',
     'too few points', 'Left out of the fits: one failed point.', '1.23%',
-    'predicted (+2.0%)', '4 times beyond it', 'far outside', '10¹⁵',
+    'predicted (+2.0%)', '4 times beyond the study', 'far outside', '10¹⁵',
     'No law L(N) was fitted here.', '4 of 12 pairs', 'noise is unknown',
     '6,200 [5,000, 8,000]', '2 of 16 SAEs are beaten by none',
   ):  # fmt: skip
