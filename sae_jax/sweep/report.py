@@ -111,7 +111,7 @@ def _facts(points: Sequence[Point]) -> list[tuple[str, str]]:
     ('Seeds', f'{len({p.seed for p in grid})}'),
     ('Batch', f'{_all(grid, "batch_rows")} rows'),
   ]
-  return [(name, value) for name, value in facts if value.strip()]
+  return [(name, value) for name, value in facts if value] if grid else []
 
 
 def _all(points: Sequence[Point], field: str) -> str:

@@ -252,6 +252,7 @@ def test_a_study_that_was_not_fitted(study, tmp_path):
   assert 'Left out: no width was trained at several learning rates.' in page
   page = report.write(tmp_path / 'none', 'none', [], [], {}).read_text()
   assert 'The study has no points' in page and '<svg' not in page
+  assert 'numbers in' not in page
   assert pq.read_table(tmp_path / 'none' / 'study.parquet').num_rows == 0
 
 
