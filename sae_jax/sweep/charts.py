@@ -35,15 +35,16 @@ def sections(
   points: Sequence[Point], marks: Sequence[Mark], laws: dict[str, Any]
 ) -> dict[str, list[Chart]]:
   """The charts of each section of the page. `laws` is laws.json, or empty."""
+  metric = laws.get('metric', 'fvu')
   evaluated = {m.point for m in marks}
   done = [
-    p for p in points
-    if p.state == 'done' and (finite(p.fvu) or p.point in evaluated)
+    p for p in points if p.state == 'done'
+    and (finite(getattr(p, metric)) or p.point in evaluated)
   ]  # fmt: skip
   grid = [p for p in done if p.stage == 'grid']
   timed = {e['latents'] for e in laws.get('time_to_target', [])}
   widths = sorted(timed | {p.latents for p in done})
-  study = Study(grid, done, marks, laws, widths)
+  study = Study(grid, done, marks, laws, metric, widths)
   return {
     'compute': law_charts.compute(study),
     'latents': law_charts.latents(study),
@@ -108,8 +109,8 @@ def _rates(study: Study) -> list[Chart]:
     at, ids = fit_points(fit) if fit else ([], [])
     lines = defaultdict(list)
     for p in chosen:
-      if finite(p.fvu):
-        lines[p.latents, p.rows].append((p.lr, p.fvu))
+      if finite(getattr(p, study.metric)):
+        lines[p.latents, p.rows].append((p.lr, getattr(p, study.metric)))
     for (width, _), line in sorted(lines.items()):
       if len({lr for lr, _ in line}) > 1:
         line, look = sorted(line), study.look(width)
@@ -121,7 +122,7 @@ def _rates(study: Study) -> list[Chart]:
         Chart(
           slug('lr', part), f'Loss against learning rate, {words(part)}',
           'The flatter a line at its minimum, the less the exact rate matters.',
-          'lr', 'fvu', series,
+          'lr', study.metric, series,
         )
       )  # fmt: skip
     if at:

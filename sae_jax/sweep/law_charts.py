@@ -25,21 +25,23 @@ from sae_jax.sweep.series import (
   slug,
   values,
 )
+from sae_jax.sweep.tables import Mark
 
 
 def compute(study: Study) -> list[Chart]:
   """Loss while training over FLOPs, its envelope and L(C); one a slice."""
-  flops, made = flops_key(study.laws), []
+  flops, metric, made = flops_key(study.laws), study.metric, []
   of_point = defaultdict(list)
-  for m in sorted(study.marks, key=lambda m: m.rows):
-    of_point[m.point].append((getattr(m, flops), m.fvu))
+  marks = study.marks if metric in Mark._fields else []
+  for m in sorted(marks, key=lambda m: m.rows):
+    of_point[m.point].append((getattr(m, flops), getattr(m, metric)))
   for part, chosen in slices(study.grid):
     series = []
     for p in sorted(chosen, key=lambda p: p.latents):
       line, look = of_point[p.point], study.look(p.latents)
       label, ids = f'{p.latents:,}', [p.point] * len(line)
       series += series_of(label, line, 'thin', *look, points=ids)
-      end = [(getattr(p, flops), p.fvu)]
+      end = [(getattr(p, flops), getattr(p, metric))]
       series += series_of('', end, 'small', *look, points=[p.point])
     if not series:
       continue
@@ -52,7 +54,7 @@ def compute(study: Study) -> list[Chart]:
     made.append(
       Chart(
         slug('compute', part), f'Loss against compute, {words(part)}',
-        in_words(fit, 'L(C)'), 'flops', 'fvu', series,
+        in_words(fit, 'L(C)'), 'flops', metric, series,
       )
     )  # fmt: skip
   return alike(made)
@@ -66,7 +68,7 @@ def latents(study: Study) -> list[Chart]:
     if fit:
       at, ids = fit_points(fit)
     else:
-      at = [(p.latents, p.fvu) for p in chosen]
+      at = [(p.latents, getattr(p, study.metric)) for p in chosen]
       ids = [p.point for p in chosen]
     series = series_of('measured', at, 'points', INK, points=ids)
     series += law(fit) + held_out(fit)
@@ -79,7 +81,7 @@ def latents(study: Study) -> list[Chart]:
       made.append(
         Chart(
           slug('latents', part), f'Loss against latents, {words(part)}',
-          in_words(fit, 'L(N)'), 'latents', fit['y'] if fit else 'fvu', series,
+          in_words(fit, 'L(N)'), 'latents', study.metric, series,
           ticks=sorted({x for s in drawn for x in s.x}),
         )
       )  # fmt: skip

@@ -22,9 +22,15 @@ def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def words(part: dict[str, Any]) -> str:
   """{'activation': 'topk', 'k': 32} -> 'topk, k = 32'."""
   return ', '.join(
-    str(value) if key == 'activation' else f'{key} = {number(value)}'
+    str(value) if key == 'activation' else f'{key} = {_plain(value)}'
     for key, value in part.items()
+    if value is not None
   )
+
+
+def _plain(value: Any) -> str:
+  known = isinstance(value, int | float) and not isinstance(value, bool)
+  return number(value) if known else str(value)
 
 
 def sentence(text: str) -> str:
@@ -61,6 +67,8 @@ def exponent(fit: dict[str, Any] | None) -> str:
   """The exponent with its interval; '' where it was not determined."""
   if not fit or fit['verdict'] != 'ok' or not fit['params']:
     return ''
+  if fit.get('exponent'):
+    return interval(fit['exponent'])
   match = re.search(r'\^\s*\(?-?\s*(\w+)', fit['formula'])
   name = match[1] if match and match[1] in fit['params'] else 'alpha'
   value = fit['params'].get(name)
@@ -88,7 +96,9 @@ def held_out(fit: dict[str, Any]) -> str:
   if not held or held['measured'] is None or held['predicted'] is None:
     return ''
   error = held['predicted'] / held['measured'] - 1
+  at = number(held['x']) + (' FLOPs' if fit['x'] == 'flops' else ' latents')
+  at += f', k = {held["k"]:g}' if 'k' in held else ''
   return (
-    f'Held out: {number(held["measured"])} measured at '
-    f'{number(held["x"])}, {interval(held)} predicted ({error:+.1%}).'
+    f'Held out: {number(held["measured"])} measured at {at}; '
+    f'{interval(held)} predicted ({error:+.1%}).'
   )

@@ -20,6 +20,7 @@ from sae_jax.sweep.law_words import (
   flops_key,
   held_out,
   interval,
+  sentence,
   words,
 )
 from sae_jax.sweep.tables import Mark, Point
@@ -91,6 +92,7 @@ def _render(
     fits=[_fit(f) for f in laws.get('fits', [])],
     notes=_notes(laws),
     predictions=[_prediction(p) for p in laws.get('predictions', [])],
+    unsaid=laws.get('notes', []),
     advice=[_advice(r) for r in laws.get('recommendation', [])],
     points=[_point(p) for p in sorted(points, key=_order)],
     executed=flops_key(laws) == 'flops_executed',
@@ -160,13 +162,13 @@ def _notes(laws: dict[str, Any]) -> list[str]:
   """What was left out of the fits, and how sure they can be."""
   notes = []
   if laws.get('left_out'):
-    notes.append(f'Left out of the fits: {laws["left_out"]}.')
+    notes.append(f'{sentence(laws["left_out"])}.')
   if laws.get('level') is not None:
     notes.append(f'Intervals and bands are at {laws["level"]:.0%}.')
   if laws.get('seed_noise') is not None:
     notes.append(
-      'Between seeds the loss differs by a standard deviation of '
-      f'{number(laws["seed_noise"])}.'
+      f'Between seeds the loss differs by {laws["seed_noise"]:.2%} (standard '
+      'deviation).'
     )
   elif laws:
     notes.append('No point was repeated with another seed: noise is unknown.')
@@ -191,13 +193,10 @@ def _fit(fit: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _prediction(p: dict[str, Any]) -> list[str]:
-  return [
-    words(p['slice']),
-    f'{p["latents"]:,}',
-    interval(p),
-    _beyond(p),
-  ]
+def _prediction(p: dict[str, Any]) -> dict[str, Any]:
+  """A row of the predictions."""
+  cells = [words(p['slice']), f'{p["latents"]:,}', interval(p), _beyond(p)]
+  return {'cells': cells, 'warnings': p.get('warnings', [])}
 
 
 def _advice(r: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Study(NamedTuple):
   done: list[Point]
   marks: Sequence[Mark]
   laws: dict[str, Any]
+  metric: str  # the loss of the laws: a field of Point
   widths: list[int]  # of all charts: a width keeps its colour
 
   def look(self, latents: int) -> Look:
@@ -125,7 +126,13 @@ def finite(value: float | None) -> TypeGuard[float]:
 def slug(name: str, part: dict[str, Any]) -> str:
   """A file's name: 'latents-topk-k-32'."""
   text = '-'.join(
-    str(v) if k == 'activation' else f'{k}-{v:g}' for k, v in part.items()
+    str(v)
+    if k == 'activation'
+    else f'{k}-{v:g}'
+    if isinstance(v, int | float)
+    else f'{k}-{v}'
+    for k, v in part.items()
+    if v is not None
   )
   return re.sub(r'[^a-z0-9.]+', '-', f'{name}-{text}'.lower()).strip('-')
 

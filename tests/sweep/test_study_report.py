@@ -88,8 +88,9 @@ def laws_of(points):
              'high': None} for k in (32, 64)
   }  # fmt: skip
   joint = fit(
-    'L(N,K)', 'latents', 'fvu', n, y, law='joint', slice={'activation': 'topk'},
-    title='loss against latents and k', curve=None,
+    'L(N,K)', 'latents', 'fvu', n, y, law='joint',
+    slice={'activation': 'topk', 'k': None}, curve=None,
+    title='loss against latents and k',
     points=[{'x': p.latents, 'y': p.fvu, 'point': p.point} for p in grid],
     curves=curves,
   )  # fmt: skip
@@ -98,8 +99,8 @@ def laws_of(points):
   why = 'alpha is anywhere from 0.1 to 0.9'
   return {
     'format': 'sae_jax.laws', 'version': 1, 'metric': 'fvu',
-    'flops': 'published', 'level': 0.9, 'left_out': 'one failed point',
-    'seed_noise': None,
+    'flops': 'published', 'level': 0.9, 'seed_noise': None,
+    'left_out': '1 of 24 points is left out: 1 failed',
     'fits': [
       fit('L(N)|k=32', 'latents', 'fvu', n, y, held_out=held),
       fit('L(C)|k=32', 'flops', 'fvu', c, [y for y, _ in low]),
@@ -235,7 +236,7 @@ def test_what_the_page_says(page):
     '23 of 24', 'SAEs done; 1 failed', '512–16,384', 'alpha = 0.312',
     'exponent of loss over compute [0.29, 0.33], topk, k = 32',
     'rows_opt(C) is undetermined: alpha is anywhere from 0.1 to 0.9.',
-    'too few points', 'Left out of the fits: one failed point.', '1.23%',
+    'too few points', '1 of 24 points is left out: 1 failed.', '1.23%',
     'predicted (+2.0%)', '4 times beyond the study', 'far outside', '10¹⁵',
     'No law L(N) was fitted here.', '4 of 12 pairs', 'noise is unknown',
     '6,200 [5,000, 8,000]', '2 of 16 SAEs are beaten by none',
