@@ -68,7 +68,7 @@ class Series(NamedTuple):
 _FORMS: dict[str, dict[str, Any]] = {
   'line': {'ls': '-', 'lw': 1.6, 'marker': ''},
   'thin': {'ls': '-', 'lw': 1.1, 'alpha': 0.9, 'marker': ''},
-  'dashed': {'ls': '--', 'lw': 1.4, 'marker': ''},
+  'dashed': {'ls': '--', 'lw': 1.1, 'marker': ''},
   'dotted': {'ls': ':', 'lw': 1.6, 'marker': ''},
   'joined': {'ls': '-', 'lw': 1.2, 'ms': 4.5},
   'small': {'ls': '', 'ms': 3},
@@ -184,7 +184,7 @@ def _scale(axis: Any, log: bool, ticks: Sequence[float] = ()) -> None:
   getattr(axis.axes, f'set_{axis.axis_name}scale')('log' if log else 'linear')
   low, high = sorted(axis.get_view_interval())
   if ticks:
-    axis.set_major_locator(FixedLocator(_apart(ticks)))
+    axis.set_major_locator(FixedLocator(_apart(ticks, math.log(high / low))))
   elif not log or high < 4 * low:
     axis.set_major_locator(MaxNLocator(5 if axis.axis_name == 'y' else 4))
   elif high > 200 * low:
@@ -196,13 +196,13 @@ def _scale(axis: Any, log: bool, ticks: Sequence[float] = ()) -> None:
   axis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
 
 
-def _apart(ticks: Sequence[float]) -> list[float]:
-  """Those whose labels do not meet on a logarithmic axis."""
+def _apart(ticks: Sequence[float], span: float) -> list[float]:
+  """Those whose labels do not meet on an axis of this span of the log."""
   first, *rest = sorted(ticks)
   share = 0.2 if max(ticks) >= 1e5 else 0.13  # of the axis, for a label
   kept = [first]
   for tick in rest:
-    if math.log(tick / kept[-1]) >= share * math.log(max(ticks) / first):
+    if math.log(tick / kept[-1]) >= share * span:
       kept.append(tick)
   return kept
 

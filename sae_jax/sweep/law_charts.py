@@ -45,12 +45,13 @@ def compute(study: Study) -> list[Chart]:
       series += series_of('', end, 'small', *look, points=[p.point])
     if not series:
       continue
+    fit = find(study.laws, 'L(C)', part)
+    series += law(fit)
     for e in study.laws.get('envelopes', []):
       if agree(e['slice'], part):
         lowest = zip(e['flops'], e['loss'], strict=True)
         series += series_of('lowest', lowest, 'dashed', INK)
-    fit = find(study.laws, 'L(C)', part)
-    series += law(fit) + held_out(fit)
+    series += held_out(fit)
     made.append(
       Chart(
         slug('compute', part), f'Loss against compute, {words(part)}',
