@@ -17,6 +17,12 @@ _DATA = [
   'zstandard>=0.23,<1',  # what datasets reads the hub's .zst files with
 ]
 
+_STUDY = [
+  # The tables of a study as Parquet and CSV; datasets brings it too, and so
+  # `data` and `test` have it. 170 MB.
+  'pyarrow>=24,<27',
+]
+
 _PLAN = [
   # The TPU compiler, for launch/plan.py on machines without a TPU: the version
   # that jax[tpu] pairs with the newest jax of each Python. 210 MB. Not in
@@ -45,7 +51,10 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['sae_jax', 'sae_jax.*']),
-  package_data={'sae_jax.evaluate': ['*.jinja']},
+  package_data={
+    'sae_jax.evaluate': ['*.jinja'],
+    'sae_jax.sweep': ['*.jinja'],
+  },
   install_requires=[
     # Upper bounds are the newest versions the suite was run with: JAX and
     # Orbax change signatures between minor releases.
@@ -86,6 +95,7 @@ setup(
     ],
     'demo': [_GGUF],
     'data': _DATA,
+    'study': _STUDY,
     'plan': _PLAN,
     'plan-gpu': _PLAN_GPU,
     'tpu': ['jax[tpu]'],

@@ -22,30 +22,31 @@ from matplotlib.ticker import (
   NullFormatter,
 )
 
-# Placeholder colours, replaced by CSS variables in the finished SVG.
-_INK, _MUTED, _GRID, _MAIN, _SECOND = (
-  '#010203', '#010204', '#010205', '#010206', '#010207',
+# The pages' light colours: replaced by their CSS variables in the finished
+# SVG, and those of the same figure as a bitmap.
+INK, MUTED, GRID, MAIN, SECOND = (
+  '#1d2026', '#5a606b', '#dedcd6', '#c2560c', '#2d5f9a',
 )  # fmt: skip
-_VARIABLES = {
-  _INK: '--ink', _MUTED: '--muted', _GRID: '--line', _MAIN: '--plot',
-  _SECOND: '--plot-2',
+VARIABLES = {
+  INK: '--ink', MUTED: '--muted', GRID: '--line', MAIN: '--plot',
+  SECOND: '--plot-2',
 }  # fmt: skip
-_STYLE: Any = {  # matplotlib's type for this names every key
+STYLE: Any = {  # matplotlib's type for this names every key
   'svg.fonttype': 'none',  # text stays text: selectable, in the page's font
   'font.size': 10,
-  'text.color': _INK,
-  'axes.edgecolor': _GRID,
-  'axes.labelcolor': _MUTED,
+  'text.color': INK,
+  'axes.edgecolor': GRID,
+  'axes.labelcolor': MUTED,
   'axes.spines.top': False,
   'axes.spines.right': False,
   'axes.grid': True,
   'axes.axisbelow': True,
-  'grid.color': _GRID,
+  'grid.color': GRID,
   'grid.linewidth': 0.6,
-  'xtick.color': _GRID,
-  'ytick.color': _GRID,
-  'xtick.labelcolor': _MUTED,
-  'ytick.labelcolor': _MUTED,
+  'xtick.color': GRID,
+  'ytick.color': GRID,
+  'xtick.labelcolor': MUTED,
+  'ytick.labelcolor': MUTED,
   'legend.frameon': False,
   'figure.facecolor': 'none',
   'axes.facecolor': 'none',
@@ -64,11 +65,11 @@ def curves(
   name: str, lines: Sequence[Line], *, alt: str, percent: bool = False
 ) -> str:
   """SVG of up to two curves over rows seen in training."""
-  with mpl.rc_context(_STYLE | {'svg.hashsalt': name}):
+  with mpl.rc_context(STYLE | {'svg.hashsalt': name}):
     figure = Figure(figsize=(4.4, 2.7), layout='constrained')
     axes = figure.subplots()
     for line, color, style in zip(
-      lines, (_MAIN, _SECOND), ('-', '--'), strict=False
+      lines, (MAIN, SECOND), ('-', '--'), strict=False
     ):
       axes.plot(
         line.x, line.y, style, color=color, lw=1.6, label=line.label,
@@ -91,7 +92,7 @@ def curves(
       )
     if len(lines) > 1:
       axes.legend()
-    return _svg(figure, name, alt)
+    return svg(figure, name, alt)
 
 
 def _spans_decades(lines: Sequence[Line]) -> bool:
@@ -107,11 +108,11 @@ def frequency_histogram(
 
   Begins at the decade of the rarest; at least one count is not zero.
   """
-  with mpl.rc_context(_STYLE | {'svg.hashsalt': 'frequency'}):
+  with mpl.rc_context(STYLE | {'svg.hashsalt': 'frequency'}):
     figure = Figure(figsize=(4.9, 2.8), layout='constrained')
     axes = figure.subplots()
     width = np.diff(edges)
-    axes.bar(edges[:-1] + width / 2, counts, width * 0.9, color=_MAIN)
+    axes.bar(edges[:-1] + width / 2, counts, width * 0.9, color=MAIN)
     axes.grid(axis='x', visible=False)
     axes.set_ylabel('latents')
     axes.set_xlabel('fires on this share of the tokens')
@@ -120,7 +121,7 @@ def frequency_histogram(
     ticks = np.arange(math.floor(rarest), 1)
     axes.set_xticks(ticks, [_share(10.0**t) for t in ticks])
     axes.set_xlim(ticks[0], 0)
-    return _svg(figure, 'frequency', alt)
+    return svg(figure, 'frequency', alt)
 
 
 def _share(value: float) -> str:
@@ -128,22 +129,28 @@ def _share(value: float) -> str:
   return f'{100 * value:.10f}'.rstrip('0').rstrip('.') + '%'
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
-  """The figure as an <svg> element to stand inside an HTML page."""
+def svg(
+  figure: Figure, name: str, alt: str, variables: dict[str, str] = VARIABLES
+) -> str:
+  """The figure as an <svg> element to stand inside an HTML page.
+
+  `name` begins its ids; `variables` are CSS variables by the colour (#rrggbb)
+  that each replaces.
+  """
   out = io.StringIO()
   figure.savefig(out, format='svg', metadata={'Date': None})
-  svg = out.getvalue()
-  svg = svg[svg.index('<svg') :]
-  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-  svg = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>',
+  text = out.getvalue()
+  text = text[text.index('<svg') :]
+  text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+  text = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>',
                lambda m: f'<svg viewBox="{m[1]}" role="img" '
-               f'aria-label="{escape(alt)}">', svg, count=1)  # fmt: skip
+               f'aria-label="{escape(alt)}">', text, count=1)  # fmt: skip
   # One page holds several figures: their ids must not meet.
-  svg = re.sub(r'\bid="', f'id="{name}-', svg)
-  svg = re.sub(r'(url\(|href=")#', rf'\1#{name}-', svg).replace('xlink:', '')
+  text = re.sub(r'\bid="', f'id="{name}-', text)
+  text = re.sub(r'(url\(|href=")#', rf'\1#{name}-', text).replace('xlink:', '')
   # The page's font, and no style sheet that would reach beyond the figure.
-  svg = re.sub(r'font-family: [^;"]*;? ?', '', svg)
-  svg = re.sub(r'<style.*?</style>', '', svg, flags=re.DOTALL)
-  for color, variable in _VARIABLES.items():
-    svg = svg.replace(color, f'var({variable})')
-  return svg
+  text = re.sub(r'font-family: [^;"]*;? ?', '', text)
+  text = re.sub(r'<style.*?</style>', '', text, flags=re.DOTALL)
+  for color, variable in variables.items():
+    text = text.replace(color, f'var({variable})')
+  return text
