@@ -379,3 +379,25 @@ def test_a_job_follows_a_harvest_and_stops_while_it_waits(tmp_path):
     said = end_job(children)
     assert 'going on from step 8' in said[0]
   assert checkpoints.find_step(workdir) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [(1, 2, 2), (2, 1, 2)], ids=str)
+def test_members_in_two_processes_are_those_of_one(tmp_path, store, mesh):
+  """member x data x dict; with (2, 1, 2) each process has its own members."""
+  member, data, dict_ = mesh
+  flags = [
+    *flags_of(store), *mesh_flags(data, dict_),
+    f'--config.mesh.member={member}', '--config.train.rows=1280',
+  ]  # fmt: skip
+  job, one = ['jumprelu.py:demo_members', *flags], tmp_path / 'one'
+  done = run(one, *job, devices=4)
+  assert done.returncode == 0, done.stderr
+  end_job(start_job(tmp_path / 'two', *job, processes=2, devices=2))
+  folders = sorted((one / 'members').iterdir())
+  assert len(folders) == 4
+  for there in folders:
+    here = tmp_path / 'two' / 'members' / there.name
+    assert metrics(here) == metrics(there)
+    for a, b in zip(arrays(here), arrays(there), strict=True):
+      np.testing.assert_array_equal(a, b)
