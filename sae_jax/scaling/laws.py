@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.scaling.huber import Value, descend
 
 # A 90% interval of an exponent whose ends differ by more is no measurement.
 WIDEST = 3.0
@@ -29,7 +30,7 @@ class Law(NamedTuple):
   formula: str
   names: tuple[str, ...]  # of the parameters as published
   # (theta [S, p], z [n, d]) -> log y [S, n] and its derivative [S, n, p]
-  value: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+  value: Value
   # (z [n, d], log y [n]) -> theta [S, p] to start from
   starts: Callable[[np.ndarray, np.ndarray], np.ndarray]
   # (theta [S, p], centre [d]) -> parameters as published [S, p]
@@ -199,7 +200,7 @@ def fit(
   delta = _FIRST_DELTA
   starts = law.starts(z, log_y)
   for _ in range(3):  # from robust to efficient
-    found, costs = _descend(law, starts, z, log_y, delta, bounds)
+    found, costs = descend(law.value, starts, z, log_y, delta, bounds)
     theta = found[np.argmin(costs)]
     error = law.value(theta[None], z)[0][0] - log_y
     starts = np.concatenate([starts, theta[None]])
@@ -268,69 +269,17 @@ def _resample(law, theta, starts, z, delta, scale, bounds, resamples, seed):
   deltas = delta * scales / scale if scale else np.full(resamples, delta)
   best = np.tile(theta, (resamples, 1))
   for start in picks:
-    found, costs = _descend(
-      law, np.tile(start, (resamples, 1)), z, log_y, deltas[:, None], bounds
+    found, costs = descend(
+      law.value,
+      np.tile(start, (resamples, 1)),
+      z,
+      log_y,
+      deltas[:, None],
+      bounds,
     )
     better = costs < least
     best[better], least[better] = found[better], costs[better]
   return best, scales
-
-
-def _descend(law, theta, z, log_y, delta, bounds, steps=60):
-  """Levenberg and Marquardt's method within bounds, for all [S, p] at once.
-
-  Returns theta and the Huber costs [S]. log_y is [n] or [S, n].
-  """
-  low, high = bounds
-  theta = np.clip(theta, low, high)
-  log_y = np.broadcast_to(log_y, (len(theta), len(z)))
-  delta = np.broadcast_to(delta, (len(theta), 1))
-  costs, damping = np.full(len(theta), np.inf), np.full(len(theta), 1e-2)
-  live, trial = np.arange(len(theta)), theta.copy()
-  gradient = np.zeros_like(theta)
-  hessian = np.zeros((*theta.shape, theta.shape[1]))
-  for _ in range(steps):
-    value, jacobian = law.value(trial[live], z)
-    error, bound = value - log_y[live], delta[live]
-    cost = _huber(error, bound)
-    gain = costs[live] - cost
-    better = gain > 0
-    settled = better & (gain <= 1e-10 * cost) | (damping[live] > 1e7)
-    now = live[better]
-    theta[now], costs[now] = trial[now], cost[better]
-    weight = np.minimum(1, bound / np.maximum(abs(error), 1e-300))
-    weighted = jacobian * weight[..., None]
-    hessian[now] = (weighted.swapaxes(1, 2) @ jacobian)[better]
-    gradient[now] = np.einsum('snp,sn->sp', weighted, error)[better]
-    damping[live] *= np.where(better, 0.2, 5.0)
-    live = live[~settled]
-    if not len(live):
-      break
-    step = _step(
-      theta[live], gradient[live], hessian[live], damping[live], bounds
-    )
-    trial[live] = np.clip(theta[live] + step, low, high)
-  return theta, costs
-
-
-def _huber(error: np.ndarray, delta: np.ndarray) -> np.ndarray:
-  size = abs(error)
-  inside = np.minimum(size, delta)
-  return (inside * (size - inside / 2)).sum(-1)
-
-
-def _step(theta, gradient, hessian, damping, bounds):
-  """The damped Newton step; what a bound holds stays."""
-  low, high = bounds
-  held = (theta <= low) & (gradient > 0) | (theta >= high) & (gradient < 0)
-  free = ~held
-  hessian = hessian * free[:, :, None] * free[:, None, :]
-  diagonal = np.einsum('spp->sp', hessian)
-  largest = diagonal.max(-1, keepdims=True)
-  extra = damping[:, None] * diagonal + 1e-13 * largest + held + 1e-300
-  hessian = hessian + extra[..., None] * np.eye(theta.shape[1])
-  step = np.linalg.solve(hessian, -(gradient * free)[..., None])[..., 0]
-  return np.clip(step, -2, 2)
 
 
 def parameters(found: Fit) -> dict[str, Estimate]:
@@ -351,7 +300,9 @@ def exponent(found: Fit) -> Estimate:
   )
 
 
-def predict(found: Fit, x: np.ndarray, measured: bool = False) -> list[Estimate]:
+def predict(
+  found: Fit, x: np.ndarray, measured: bool = False
+) -> list[Estimate]:
   """y at x [m] or [m, d]; measured: the interval of one noisy measurement."""
   z = np.log(np.asarray(x, float).reshape(-1, found.x.shape[1])) - found.centre
   values = found.law.value(found.theta[None], z)[0][0]
@@ -367,9 +318,7 @@ def predict(found: Fit, x: np.ndarray, measured: bool = False) -> list[Estimate]
 
 def _estimate(value: float, draws: np.ndarray, level: float) -> Estimate:
   low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-  return Estimate(
-    float(value), float(min(low, value)), float(max(high, value))
-  )
+  return Estimate(float(value), float(min(low, value)), float(max(high, value)))
 
 
 def undetermined(found: Fit, range_of: str) -> str:
@@ -392,9 +341,7 @@ def undetermined(found: Fit, range_of: str) -> str:
   if found.law.floor is None:
     return ''
   place, least = found.law.floor, np.exp(found.log_y.min())
-  floor = _estimate(
-    found.theta[place], found.draws[:, place], found.level
-  )
+  floor = _estimate(found.theta[place], found.draws[:, place], found.level)
   low, high = np.exp([floor.low, floor.high])
   if high - low > WIDEST_E * least:
     return (
