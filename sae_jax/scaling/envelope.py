@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# C on the grid of an envelope: no more than curves, whose noise they share.
-_MOST = 12
+_COUNT = 32  # C on the grid of an envelope
+_MOST = 12  # ... of which laws are fitted to so many
 
 
 class Curve(NamedTuple):
@@ -58,11 +58,11 @@ def curve(
   if not table.size:
     return None
   _, first = np.unique(table[0], return_index=True)
-  flops, loss, rows, seconds = table[:, first]
-  return Curve(latents, flops, loss, rows, seconds)
+  table = table[:, first]
+  return Curve(latents, table[0], table[1], table[2], table[3])
 
 
-def optima(curves: Sequence[Curve], count: int | None = None) -> list[Optimum]:
+def optima(curves: Sequence[Curve], count: int = _COUNT) -> list[Optimum]:
   """The compute-optimal points at `count` C in geometric progression.
 
   From the C that three widths reach (fewer: none, if there are fewer widths) to
@@ -80,13 +80,26 @@ def optima(curves: Sequence[Curve], count: int | None = None) -> list[Optimum]:
   high = sorted(last for _, last in spans.values())[-3]
   if low >= high:
     return []
-  count = count or max(3, min(len(curves), _MOST))
   # The ends hold rounding: they must not fall out of the curves.
   found = [
     _optimum(curves, c)
     for c in np.geomspace(low * (1 + 1e-9), high * (1 - 1e-9), count)
   ]
   return [one for one in found if one]
+
+
+def thinned(best: Sequence[Optimum], curves: int) -> list[Optimum]:
+  """Those to fit laws to: not at an edge, and about as many as curves.
+
+  Neighbours on an envelope share the noise of their curves; more of them would
+  seem to be more than was measured. Five at least, to fit three parameters.
+  """
+  inner = [one for one in best if not one.edge]
+  count = min(len(inner), max(5, min(curves, _MOST)))
+  if not count:
+    return []
+  at = np.linspace(0, len(inner) - 1, count).round().astype(int)
+  return [inner[i] for i in at]
 
 
 def _optimum(curves: Sequence[Curve], flops: float) -> Optimum | None:
@@ -98,12 +111,13 @@ def _optimum(curves: Sequence[Curve], flops: float) -> Optimum | None:
   log_n, log_loss, log_rows = np.log(table).T
   best = int(np.argmin(log_loss))
   if best in (0, len(table) - 1):
-    n, loss, rows = table[best]
+    n, loss, rows = table[best].tolist()
     return Optimum(flops, loss, n, rows, True)
   near = slice(best - 1, best + 2)
   at, lowest = vertex(log_n[near], log_loss[near])
   rows = np.interp(at, log_n, log_rows)
-  return Optimum(flops, *np.exp([lowest, at, rows]).tolist(), False)
+  loss, n, rows = np.exp([lowest, at, rows]).tolist()
+  return Optimum(flops, loss, n, rows, False)
 
 
 def _at(curves, latents: int, flops: float) -> tuple[float, float] | None:
@@ -115,8 +129,8 @@ def _at(curves, latents: int, flops: float) -> tuple[float, float] | None:
   ]
   if not found:
     return None
-  loss, rows = np.exp(np.log(found).mean(0))
-  return float(loss), float(rows)
+  loss, rows = np.exp(np.log(found).mean(0)).tolist()
+  return loss, rows
 
 
 def _between(x: np.ndarray, y: np.ndarray, at: float) -> float:

@@ -52,7 +52,8 @@ def _recommendation(made: dict, metric: str) -> list[str]:
   lr = 'no law' if made['lr'] is None else f'{made["lr"]:.3g}'
   return [
     f'{made["flops"]:.3g} FLOPs ({_where(made["slice"])}): '
-    f'{made["latents"]:,} latents (best {made["latents_low"]:,.0f} to {made["latents_high"]:,.0f}), '
+    f'{made["latents"]:,} latents (best '
+    f'{made["latents_low"]:,.0f} to {made["latents_high"]:,.0f}), '
     f'{made["rows"]:,} rows, learning rate {lr}',
     f'  {metric} {_interval(made, "predicted")}, {_beyond(made, "compute")}',
     *_warnings(made),

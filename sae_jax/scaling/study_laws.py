@@ -5,7 +5,7 @@ import numpy as np
 from sae_jax.errors import UserError
 from sae_jax.scaling import laws
 from sae_jax.scaling.advice import FAR, Made, Settings, predictions, recommend
-from sae_jax.scaling.envelope import Optimum, fall, optima, reach
+from sae_jax.scaling.envelope import Optimum, fall, optima, reach, thinned
 from sae_jax.scaling.laws import IRREDUCIBLE, JOINT, POWER, Fit, Law
 from sae_jax.scaling.slices import (
   METRICS,
@@ -96,21 +96,14 @@ def _fits(
   add('L(N)', IRREDUCIBLE, 'loss against latents', 'N', 'latents', y, rows,
       said + one.warnings, noise)  # fmt: skip
   made['L(N)'].entry['convergence'] = falls
-  inner = [o for o in best if not o.edge]
-  said = _edges(best)
-  if len(inner) > 3:
-    at = inner
-  else:
-    at = best
-    if any(o.edge for o in best):
-      said = [*said, 'its losses there are above the least possible']
+  inner, edges = thinned(best, len(one.curves)), _edges(best)
+  at = lambda name: [(o.flops, getattr(o, name), None) for o in inner]
   add('L(C)', IRREDUCIBLE, 'least loss against compute', 'C', 'flops', y,
-      [(o.flops, o.loss, None) for o in at], said, noise)  # fmt: skip
+      at('loss'), edges, noise)  # fmt: skip
   add('N_opt(C)', POWER, 'best latents against compute', 'C', 'flops',
-      'latents', [(o.flops, o.latents, None) for o in inner],
-      _edges(best))  # fmt: skip
+      'latents', at('latents'), edges)  # fmt: skip
   add('rows_opt(C)', POWER, 'best rows against compute', 'C', 'flops', 'rows',
-      [(o.flops, o.rows, None) for o in inner], _edges(best))  # fmt: skip
+      at('rows'), edges)  # fmt: skip
   if len({p.lr for p in one.tried}) > len({p.latents for p in one.tried}):
     rates, said = best_lrs(one.tried, y)
     add('lr_opt(N)', POWER, 'best learning rate against latents', 'N',
