@@ -230,9 +230,11 @@ def missing(law: Law, x: np.ndarray) -> str:
 
 
 def _bounds(law: Law, log_y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Exponents of -5 to 5, and terms no smaller than 1e-4 of the least loss."""
+  """Exponents of -5 to 5, and E no smaller than 1e-4 of the least loss."""
   slopes = np.array(law.slopes)
-  low = np.where(slopes, -5.0, log_y.min() - np.log(1e4))
+  low = np.where(slopes, -5.0, log_y.min() - 50)
+  if law.floor is not None:
+    low[law.floor] = log_y.min() - np.log(1e4)
   return low, np.where(slopes, 5.0, log_y.max() + 5.0)
 
 

@@ -39,9 +39,11 @@ def _fit(fit: dict) -> list[str]:
     f'  {len(fit["points"])} points, {fit["rms_log_error"]:.2%} off the law'
   )
   if held := fit['held_out']:
+    at = f', k = {held["k"]:g}' if 'k' in held else ''
     lines.append(
-      f'  held out {held["x"]:,.4g}: measured {held["measured"]:.4g}, '
-      f'predicted {_interval(held, "predicted")}: {held["error"]:+.1%}'
+      f'  held out {_number(held["x"])}{at}: measured '
+      f'{_number(held["measured"])}, predicted {_interval(held, "predicted")}: '
+      f'{held["error"]:+.1%}'
     )
   if fit['verdict'] != 'ok':
     lines += _wrapped(f'{fit["verdict"]}: {fit["why"]}')
@@ -61,7 +63,12 @@ def _recommendation(made: dict, metric: str) -> list[str]:
 
 
 def _interval(made: dict, key: str) -> str:
-  return f'{made[key]:.4g} ({made["low"]:.4g} to {made["high"]:.4g})'
+  ends = [_number(made[name]) for name in (key, 'low', 'high')]
+  return '{} ({} to {})'.format(*ends)
+
+
+def _number(value: float) -> str:
+  return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
 
 
 def _beyond(made: dict, what: str) -> str:
@@ -71,7 +78,10 @@ def _beyond(made: dict, what: str) -> str:
 
 
 def _where(slice_: dict) -> str:
-  return ', '.join(f'{key} {value}' for key, value in slice_.items())
+  return ', '.join(
+    f'{key} {value:g}' if isinstance(value, float) else f'{key} {value}'
+    for key, value in slice_.items()
+  )
 
 
 def _warnings(made: dict) -> list[str]:

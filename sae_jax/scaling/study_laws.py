@@ -245,7 +245,7 @@ def _edges(best: list[Optimum]) -> list[str]:
     return []
   return [
     f'at {edges} of {len(best)} computes the best width is the smallest or '
-    'largest that reaches it: widen the range of latents'
+    'largest that reaches it: these are left out'
   ]
 
 
