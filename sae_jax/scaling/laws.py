@@ -330,7 +330,7 @@ def undetermined(found: Fit, range_of: str) -> str:
   """
   is_, percent = exponent(found), f'{100 * found.level:g}%'
   low, high = sorted((abs(is_.low), abs(is_.high)))
-  ends = [f'{v:,.4g}' for v in (found.x[:, 0].min(), found.x[:, 0].max())]
+  ends = [number(found.x[:, 0].min()), number(found.x[:, 0].max())]
   advice = (
     f'widen {range_of} (now {ends[0]} to {ends[1]}) or lower the noise '
     f'(now {100 * found.scale:.2g}% around the law)'
@@ -351,3 +351,8 @@ def undetermined(found: Fit, range_of: str) -> str:
       f'{low:.2g} to {high:.2g}): {advice}'
     )
   return ''
+
+
+def number(value: float) -> str:
+  """A width, FLOPs or a loss for a line of text."""
+  return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'

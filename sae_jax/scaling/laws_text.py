@@ -2,6 +2,8 @@
 
 import textwrap
 
+from sae_jax.scaling.laws import number
+
 
 def text(found: dict) -> str:
   """A line for every fit, and below it what is to be said of it."""
@@ -41,8 +43,8 @@ def _fit(fit: dict) -> list[str]:
   if held := fit['held_out']:
     at = f', k = {held["k"]:g}' if 'k' in held else ''
     lines.append(
-      f'  held out {_number(held["x"])}{at}: measured '
-      f'{_number(held["measured"])}, predicted {_interval(held, "predicted")}: '
+      f'  held out {number(held["x"])}{at}: measured '
+      f'{number(held["measured"])}, predicted {_interval(held, "predicted")}: '
       f'{held["error"]:+.1%}'
     )
   if fit['verdict'] != 'ok':
@@ -63,12 +65,8 @@ def _recommendation(made: dict, metric: str) -> list[str]:
 
 
 def _interval(made: dict, key: str) -> str:
-  ends = [_number(made[name]) for name in (key, 'low', 'high')]
+  ends = [number(made[name]) for name in (key, 'low', 'high')]
   return '{} ({} to {})'.format(*ends)
-
-
-def _number(value: float) -> str:
-  return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'
 
 
 def _beyond(made: dict, what: str) -> str:
