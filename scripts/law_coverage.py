@@ -12,6 +12,7 @@ from absl import flags
 
 from sae_jax import cli
 from sae_jax.scaling import laws
+from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER, Law
 
 _DRAWS = flags.DEFINE_integer('draws', 100, 'Draws of each line.')
 _LEVEL = flags.DEFINE_float('level', 0.9, 'Of the intervals.')
@@ -34,24 +35,24 @@ def grid(ns: int, ks: int) -> np.ndarray:
 
 # name: (law, parameters as published, points)
 CASES = {
-  'L(N), 8 points': (laws.IRREDUCIBLE, (0.1, 3.0, 0.4), widths(8)),
-  'L(N), 12 points': (laws.IRREDUCIBLE, (0.1, 3.0, 0.4), widths(12)),
-  'L(N), small E': (laws.IRREDUCIBLE, (0.02, 2.0, 0.25), widths(9)),
-  'L(N), large E': (laws.IRREDUCIBLE, (0.3, 3.0, 0.5), widths(9)),
+  'L(N), 8 points': (IRREDUCIBLE, (0.1, 3.0, 0.4), widths(8)),
+  'L(N), 12 points': (IRREDUCIBLE, (0.1, 3.0, 0.4), widths(12)),
+  'L(N), small E': (IRREDUCIBLE, (0.02, 2.0, 0.25), widths(9)),
+  'L(N), large E': (IRREDUCIBLE, (0.3, 3.0, 0.5), widths(9)),
   'L(C), 10 points': (
-    laws.IRREDUCIBLE, (0.09, 120.0, 0.2), np.geomspace(1e13, 1e18, 10)
+    IRREDUCIBLE, (0.09, 120.0, 0.2), np.geomspace(1e13, 1e18, 10)
   ),
   'N_opt(C), 8 points': (
-    laws.POWER, (2e-4, 0.55), np.geomspace(1e13, 1e18, 8)
+    POWER, (2e-4, 0.55), np.geomspace(1e13, 1e18, 8)
   ),
-  'L(N, K), 6 x 4': (laws.JOINT, GPT4, grid(6, 4)),
+  'L(N, K), 6 x 4': (JOINT, GPT4, grid(6, 4)),
   'L(N, K), steeper': (
-    laws.JOINT, (1.5, 0.1, -0.35, -0.03, -1.8, -0.15), grid(6, 4)
+    JOINT, (1.5, 0.1, -0.35, -0.03, -1.8, -0.15), grid(6, 4)
   ),
 }  # fmt: skip
 
 
-def exact(law: laws.Law, truth: tuple[float, ...], x: np.ndarray) -> np.ndarray:
+def exact(law: Law, truth: tuple[float, ...], x: np.ndarray) -> np.ndarray:
   """log y without noise [n]. At a centre of zero theta is as published."""
   theta = np.array(truth, float)
   if law.kind != 'joint':

@@ -6,7 +6,8 @@ from sae_jax.errors import UserError
 from sae_jax.scaling import laws
 from sae_jax.scaling.advice import FAR, Made, Settings, predictions, recommend
 from sae_jax.scaling.envelope import Optimum, fall, optima, reach, thinned
-from sae_jax.scaling.laws import IRREDUCIBLE, JOINT, POWER, Fit, Law
+from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER, Law
+from sae_jax.scaling.laws import Fit
 from sae_jax.scaling.slices import (
   METRICS,
   Slice,

@@ -11,7 +11,7 @@ from scipy.optimize import least_squares
 
 from sae_jax.errors import UserError
 from sae_jax.scaling import envelope, laws
-from sae_jax.scaling.laws import IRREDUCIBLE, JOINT, POWER
+from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = np.geomspace(512, 131072, 9)
