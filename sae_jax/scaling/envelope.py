@@ -44,10 +44,10 @@ class Reach(NamedTuple):
 
 def curve(
   latents: int,
-  flops: Sequence[float],
-  loss: Sequence[float],
-  rows: Sequence[float],
-  seconds: Sequence[float],
+  flops: Sequence[float] | np.ndarray,
+  loss: Sequence[float] | np.ndarray,
+  rows: Sequence[float] | np.ndarray,
+  seconds: Sequence[float] | np.ndarray,
 ) -> Curve | None:
   """A curve in order of its FLOPs, or None where nothing of it can be used.
 

@@ -15,11 +15,12 @@ def descend(
   target: np.ndarray,
   delta: np.ndarray | float,
   bounds: tuple[np.ndarray, np.ndarray],
-  steps: int = 60,
+  tolerance: float = 1e-10,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Levenberg and Marquardt's method within bounds, for all [S, p] at once.
 
-  theta [S, p], z [n, d], target [n] or [S, n], delta () or [S, 1]. Returns
+  theta [S, p], z [n, d], target [n] or [S, n], delta () or [S, 1]. A
+  fit ends with a step that gains less than `tolerance` of its cost. Returns
   theta and the costs [S]. S small problems cost about as much as one.
   """
   low, high = bounds
@@ -30,13 +31,13 @@ def descend(
   live, trial = np.arange(len(theta)), theta.copy()
   gradient = np.zeros_like(theta)
   hessian = np.zeros((*theta.shape, theta.shape[1]))
-  for _ in range(steps):
+  for _ in range(60):
     value, jacobian = value_of(trial[live], z)
     error, bound = value - target[live], delta[live]
     cost = _huber(error, bound)
     gain = costs[live] - cost
     better = gain > 0
-    settled = better & (gain <= 1e-10 * cost) | (damping[live] > 1e7)
+    settled = better & (gain <= tolerance * cost) | (damping[live] > 1e7)
     now = live[better]
     theta[now], costs[now] = trial[now], cost[better]
     weight = np.minimum(1, bound / np.maximum(abs(error), 1e-300))

@@ -122,12 +122,14 @@ def _robust_scale(error: np.ndarray, parameters: int) -> float:
 def _scale(error: np.ndarray, delta: float, parameters: int) -> float:
   """The Gaussian noise that would scatter Huber's estimate as much.
 
-  Huber (1981), 7.6: sum psi^2 / (n - p) / (mean psi')^2.
+  Huber (1981), 7.6: K^2 sum psi^2 / (n - p) / m^2 with m = mean psi' and
+  K = 1 + (p / n) (1 - m) / m.
   """
-  inside = np.mean(abs(error) <= delta)
+  inside = max(np.mean(abs(error) <= delta), 0.3)
   psi = np.clip(error, -delta, delta)
   free = len(error) - parameters
-  return float(np.sqrt(np.sum(psi**2) / free) / max(inside, 0.3))
+  factor = 1 + parameters / len(error) * (1 - inside) / inside
+  return float(factor * np.sqrt(np.sum(psi**2) / free) / inside)
 
 
 def _resample(law, theta, starts, z, delta, scale, bounds, resamples, seed):
@@ -154,6 +156,7 @@ def _resample(law, theta, starts, z, delta, scale, bounds, resamples, seed):
       log_y,
       deltas[:, None],
       bounds,
+      tolerance=1e-5,  # of costs, far below what the noise makes of them
     )
     better = costs < least
     best[better], least[better] = found[better], costs[better]
