@@ -90,12 +90,12 @@ def truths(case: str) -> dict[str, float]:
 
 
 def drawn(case: str, noise: float, seed: list[int]):
-  """Points of a case: x [n, d], y [n]."""
+  """Points of a case: x [n, d], y [n], and errors as `laws.fit` takes them."""
   rng = np.random.default_rng(seed)
   if case not in ENVELOPES:
     law, truth, x = CASES[case]
     log_y = exact(law, truth, x) + noise * rng.standard_normal(len(x))
-    return x, np.exp(log_y)
+    return x, np.exp(log_y), None
   rows, curves = np.geomspace(2**14, 2**25, 40), []
   for n in 2 ** np.arange(9, 16):  # all of a curve is off by the same factor
     loss = E + A * float(n) ** -ALPHA + B * rows**-BETA
@@ -103,21 +103,26 @@ def drawn(case: str, noise: float, seed: list[int]):
     one = envelope.curve(int(n), 12 * 64 * n * rows, loss, rows, rows)
     curves += [one] if one else []
   best = envelope.thinned(envelope.optima(curves), len(curves))
+  ends = [(c.latents, c.loss[-1]) for c in curves]
+  x, y = np.array(ends, float).T
+  scales = laws.fit(IRREDUCIBLE, x[:, None], y).scales
+  name = ENVELOPES[case][1]
   x = np.array([o.flops for o in best])[:, None]
-  return x, np.array([getattr(o, ENVELOPES[case][1]) for o in best])
+  y = np.array([getattr(o, name) for o in best])
+  return x, y, envelope.shaken(curves, best, scales, 0)[name]
 
 
 def measure(case: str, noise: float, draws: int, level: float, seed: int):
   """A line of the table; draws that can be given no law are not counted."""
   law = (CASES | ENVELOPES)[case][0]
   true = {'exponent': ENVELOPES[case][2]} if case in ENVELOPES else truths(case)
-  held, errors, unknown = dict.fromkeys(true, 0), [], 0
+  held, off, unknown = dict.fromkeys(true, 0), [], 0
   began = time.perf_counter()
   for draw in range(draws):
-    x, y = drawn(case, noise, [seed, draw])
+    x, y, errors = drawn(case, noise, [seed, draw])
     if laws.missing(law, x):
       continue
-    found = laws.fit(law, x, y, level=level, seed=draw)
+    found = laws.fit(law, x, y, level=level, seed=draw, errors=errors)
     is_ = laws.parameters(found) | {'exponent': laws.exponent(found)}
     if 'beyond' in true:
       far = np.array(CASES[case][2][-1:])
@@ -125,13 +130,13 @@ def measure(case: str, noise: float, draws: int, level: float, seed: int):
       is_['beyond'] = laws.predict(found, far)[0]
     for name, value in true.items():
       held[name] += is_[name].low <= value <= is_[name].high
-    errors.append(abs(is_['exponent'].value / true['exponent'] - 1))
+    off.append(abs(is_['exponent'].value / true['exponent'] - 1))
     unknown += bool(laws.undetermined(found, 'x'))
-  fitted = max(len(errors), 1)
+  fitted = max(len(off), 1)
   return {
-    'law': case, 'noise': noise, 'draws': len(errors),
+    'law': case, 'noise': noise, 'draws': len(off),
     'covered': {name: float(count / fitted) for name, count in held.items()},
-    'median_error': float(np.median(errors)), 'undetermined': unknown / fitted,
+    'median_error': float(np.median(off)), 'undetermined': unknown / fitted,
     'seconds_per_fit': (time.perf_counter() - began) / draws,
   }  # fmt: skip
 

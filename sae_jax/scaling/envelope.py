@@ -4,6 +4,7 @@ With a constant learning rate every point of a curve is a run that could have
 ended there; docs/math.md, "Scaling laws", says when it is not so.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -102,10 +103,42 @@ def thinned(best: Sequence[Optimum], curves: int) -> list[Optimum]:
   return [inner[i] for i in at]
 
 
+def shaken(
+  curves: Sequence[Curve],
+  best: Sequence[Optimum],
+  scales: np.ndarray,
+  seed: int,
+) -> dict[str, np.ndarray]:
+  """What noise of the curves would do to optima: log changes [R, n] by name.
+
+  In each of R resamples every width's curve is moved by one factor, the mean of
+  its runs' noise of standard deviation scales [R], and the optima are found
+  again; a best at an edge is held within its three widths.
+  """
+  rng = np.random.default_rng(seed)
+  runs = Counter(c.latents for c in curves)
+  moved = {
+    n: rng.standard_normal(len(scales)) * scales / np.sqrt(count)
+    for n, count in sorted(runs.items())
+  }
+  found = []
+  for one in best:
+    log_n, log_loss, log_rows = np.log(_table(curves, one.flops)).T
+    widths = np.exp(log_n).round().astype(int)
+    shifted = log_loss + np.stack([moved[n] for n in widths], -1)  # [R, W]
+    middle = np.clip(shifted.argmin(-1), 1, len(widths) - 2)
+    near = middle[:, None] + np.arange(-1, 2)
+    at, lowest = vertex(log_n[near], np.take_along_axis(shifted, near, -1))
+    found.append((at, lowest, np.interp(at, log_n, log_rows)))
+  logs = np.array(found).reshape(len(best), 3, len(scales))
+  return {
+    name: (logs[:, i] - np.log([[getattr(o, name)] for o in best])).T
+    for i, name in enumerate(('latents', 'loss', 'rows'))
+  }
+
+
 def _optimum(curves: Sequence[Curve], flops: float) -> Optimum | None:
-  widths = sorted({c.latents for c in curves})
-  rows_at = [(n, _at(curves, n, flops)) for n in widths]
-  table = np.array([(n, *at) for n, at in rows_at if at], float)
+  table = _table(curves, flops)
   if len(table) < 3:
     return None
   log_n, log_loss, log_rows = np.log(table).T
@@ -118,6 +151,14 @@ def _optimum(curves: Sequence[Curve], flops: float) -> Optimum | None:
   rows = np.interp(at, log_n, log_rows)
   loss, n, rows = np.exp([lowest, at, rows]).tolist()
   return Optimum(flops, loss, n, rows, False)
+
+
+def _table(curves: Sequence[Curve], flops: float) -> np.ndarray:
+  """Width, loss and rows [W, 3] of the widths that reach so many FLOPs."""
+  found = [
+    (n, _at(curves, n, flops)) for n in sorted({c.latents for c in curves})
+  ]
+  return np.array([(n, *at) for n, at in found if at], float)
 
 
 def _at(curves, latents: int, flops: float) -> tuple[float, float] | None:
@@ -137,19 +178,21 @@ def _between(x: np.ndarray, y: np.ndarray, at: float) -> float:
   return float(np.exp(np.interp(np.log(at), np.log(x), np.log(y))))
 
 
-def vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-  """The lowest point of the parabola through three points of rising x.
+def vertex(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The lowest point of the parabola through three points of rising x [..., 3].
 
-  The middle one must be the lowest, so that the vertex lies between the others.
+  It is between the outer ones if the middle one is the lowest; else the lowest
+  that is not outside them.
   """
-  left, right = x[0] - x[1], x[2] - x[1]
-  a, b = y[0] - y[1], y[2] - y[1]
+  left, right = x[..., 0] - x[..., 1], x[..., 2] - x[..., 1]
+  a, b = y[..., 0] - y[..., 1], y[..., 2] - y[..., 1]
   curved = (a / left - b / right) / (left - right)
   slope = a / left - curved * left
-  if curved <= 0:  # three equal losses
-    return float(x[1]), float(y[1])
-  at = -slope / (2 * curved)
-  return float(x[1] + at), float(y[1] + slope * at / 2)
+  ends = np.where(a < b, left, right)  # of what is not a bowl
+  bowl = curved > 1e-12
+  at = np.where(bowl, -slope / (2 * np.where(bowl, curved, 1)), ends)
+  at = np.clip(at, left, right)
+  return x[..., 1] + at, y[..., 1] + slope * at + curved * at**2
 
 
 def fall(one: Curve) -> float | None:

@@ -60,11 +60,14 @@ def fit(
   resamples: int = 400,
   seed: int = 0,
   noise: float = 0.0,
+  errors: np.ndarray | None = None,
 ) -> Fit:
   """Fits a law to y [n] at x [n] or [n, d], all above 0.
 
   noise: what is known of the standard deviation of log y (from seeds); the
-  intervals never assume less. Raises UserError for too few points.
+  intervals never assume less. errors [R, n]: resamples of the noise of log y,
+  where points share it; without them every point has its own. Raises UserError
+  for too few points.
   """
   x = np.asarray(x, float).reshape(len(y), -1)
   log_y = np.log(np.asarray(y, float))
@@ -83,7 +86,7 @@ def fit(
     delta = max(_DELTAS * _robust_scale(error, len(theta)), 1e-6)
   scale = max(_scale(error, delta, len(theta)), noise)
   draws, scales = _resample(
-    law, theta, starts, z, delta, scale, bounds, resamples, seed
+    law, theta, starts, z, delta, scale, bounds, resamples, seed, errors
   )
   return Fit(law, x, log_y, centre, theta, draws, scale, scales, level)
 
@@ -132,21 +135,28 @@ def _scale(error: np.ndarray, delta: float, parameters: int) -> float:
   return float(factor * np.sqrt(np.sum(psi**2) / free) / inside)
 
 
-def _resample(law, theta, starts, z, delta, scale, bounds, resamples, seed):
+def _resample(
+  law, theta, starts, z, delta, scale, bounds, resamples, seed, errors
+):
   """Draws [R, p] of theta: fits to the law plus noise; and the noise [R].
 
   The noise has Student's tails: its variance is not known better than n - p
   residuals tell. For a law linear in theta that is the exact interval.
   """
   rng = np.random.default_rng(seed)
+  if errors is not None:
+    resamples = len(errors)
   free = len(z) - len(theta)
   scales = scale * np.sqrt(free / rng.chisquare(free, resamples))
   noise = rng.standard_normal((resamples, len(z))) * scales[:, None]
+  deltas = delta * scales / scale if scale else np.full(resamples, delta)
+  if errors is not None:
+    noise, scales = errors, np.maximum(scales, errors.std())
+    deltas = np.maximum(deltas, _DELTAS * errors.std())
   log_y = law.value(theta[None], z)[0] + noise
-  best, least = theta, np.full(resamples, np.inf)
+  least = np.full(resamples, np.inf)
   # The point fitted and, where a law has several valleys, the ends of the grid.
   picks = [theta] if law.floor is None else [theta, *starts[[1, 4, 7]]]
-  deltas = delta * scales / scale if scale else np.full(resamples, delta)
   best = np.tile(theta, (resamples, 1))
   for start in picks:
     found, costs = descend(

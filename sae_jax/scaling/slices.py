@@ -145,7 +145,9 @@ def best_lrs(
       )
       continue
     near = slice(best - 1, best + 2)
-    found.append((latents, math.exp(vertex(log_lr[near], log_loss[near])[0])))
+    found.append(
+      (latents, float(np.exp(vertex(log_lr[near], log_loss[near])[0])))
+    )
   return found, said
 
 

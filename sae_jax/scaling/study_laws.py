@@ -5,7 +5,14 @@ import numpy as np
 from sae_jax.errors import UserError
 from sae_jax.scaling import laws
 from sae_jax.scaling.advice import FAR, Made, Settings, predictions, recommend
-from sae_jax.scaling.envelope import Optimum, fall, optima, reach, thinned
+from sae_jax.scaling.envelope import (
+  Optimum,
+  fall,
+  optima,
+  reach,
+  shaken,
+  thinned,
+)
 from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER, Law
 from sae_jax.scaling.laws import Fit
 from sae_jax.scaling.slices import (
@@ -83,14 +90,16 @@ def _fits(
   y = settings.metric
   made = {}
 
-  def add(name, law, title, letter, x, y, rows, warnings, noise=0.0):
+  def add(
+    name, law, title, letter, x, y, rows, warnings, noise=0.0, errors=None
+  ):
     entry = {
       'name': f'{name}|{one.label}',
       'title': title + (f', {one.label.replace("=", " = ")}'),
       'formula': law.formula.replace('x', letter),
       'x': x, 'y': y, 'slice': one.where,
     }  # fmt: skip
-    made[name] = _made(law, entry, rows, warnings, settings, noise)
+    made[name] = _made(law, entry, rows, warnings, settings, noise, errors)
 
   rows = [(p.latents, getattr(p, y), p.point) for p in one.points]
   falls, said = _convergence(one)
@@ -99,12 +108,16 @@ def _fits(
   made['L(N)'].entry['convergence'] = falls
   inner, edges = thinned(best, len(one.curves)), _edges(best)
   at = lambda name: [(o.flops, getattr(o, name), None) for o in inner]
-  add('L(C)', IRREDUCIBLE, 'least loss against compute', 'C', 'flops', y,
-      at('loss'), edges, noise)  # fmt: skip
-  add('N_opt(C)', POWER, 'best latents against compute', 'C', 'flops',
-      'latents', at('latents'), edges)  # fmt: skip
-  add('rows_opt(C)', POWER, 'best rows against compute', 'C', 'flops', 'rows',
-      at('rows'), edges)  # fmt: skip
+  ends = made['L(N)'].fit  # its residuals are the noise of single runs
+  errors = shaken(one.curves, inner, ends.scales, 0) if ends and inner else {}
+  for name, law, title, y_name, values in (
+    ('L(C)', IRREDUCIBLE, 'least loss against compute', y, 'loss'),
+    ('N_opt(C)', POWER, 'best latents against compute', 'latents', 'latents'),
+    ('rows_opt(C)', POWER, 'best rows against compute', 'rows', 'rows'),
+  ):
+    known = noise if values == 'loss' else 0.0
+    add(name, law, title, 'C', 'flops', y_name, at(values), edges, known,
+        errors.get(values))  # fmt: skip
   if len({p.lr for p in one.tried}) > len({p.latents for p in one.tried}):
     rates, said = best_lrs(one.tried, y)
     add('lr_opt(N)', POWER, 'best learning rate against latents', 'N',
@@ -114,7 +127,7 @@ def _fits(
 
 def _made(
   law: Law, entry: dict, rows: list, warnings: list[str], settings: Settings,
-  noise: float,
+  noise: float, errors: np.ndarray | None = None,
 ) -> Made:  # fmt: skip
   """rows: (x or (n, k), y, id of the point). Fits, or says why not."""
   rows = sorted(rows, key=lambda row: row[0])
@@ -136,7 +149,7 @@ def _made(
   options = {
     'level': settings.level, 'resamples': settings.resamples, 'noise': noise
   }  # fmt: skip
-  found = laws.fit(law, x, y, **options)
+  found = laws.fit(law, x, y, errors=errors, **options)
   quantity = {'flops': 'compute'}.get(entry['x'], entry['x'])
   why = laws.undetermined(found, f'the range of {quantity}')
   entry |= {
@@ -145,7 +158,7 @@ def _made(
     },
     'exponent': laws.exponent(found)._asdict(),
     'rms_log_error': found.rms,
-    'held_out': _held_out(law, x, y, options),
+    'held_out': _held_out(law, x, y, options, errors),
     'verdict': 'undetermined' if why else 'ok', 'why': why,
   }  # fmt: skip
   ends = x[0, 0], max(FAR * x[-1, 0], settings.predict_latents)
@@ -170,7 +183,7 @@ def _curve(found: Fit, *x: np.ndarray) -> dict:
   }
 
 
-def _held_out(law: Law, x, y, options) -> dict | None:
+def _held_out(law: Law, x, y, options, errors) -> dict | None:
   """The largest width (compute) as a fit without it predicts it.
 
   The interval is that of a measurement. Of the joint law: the worst k.
@@ -178,7 +191,9 @@ def _held_out(law: Law, x, y, options) -> dict | None:
   rest = x[:, 0] < x[:, 0].max()
   if laws.missing(law, x[rest]):
     return None
-  found = laws.fit(law, x[rest], y[rest], **options)
+  if errors is not None:
+    errors = errors[:, rest]
+  found = laws.fit(law, x[rest], y[rest], errors=errors, **options)
   at, index = np.unique(x[~rest], axis=0, return_inverse=True)
   log_y = np.log(y[~rest])
   lines = []
