@@ -1,11 +1,10 @@
 """The fitter, on points drawn from laws that are known."""
 
-import importlib.util
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import program
 from scipy import stats
 from scipy.optimize import least_squares
 
@@ -13,19 +12,11 @@ from sae_jax.errors import UserError
 from sae_jax.scaling import envelope, laws
 from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER
 
-ROOT = Path(__file__).parents[2]
 WIDTHS = np.geomspace(512, 131072, 9)
 
 
-def _coverage():
-  path = ROOT / 'scripts' / 'law_coverage.py'
-  spec = importlib.util.spec_from_file_location('law_coverage', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-coverage = _coverage()
+with program('scripts/law_coverage.py') as coverage:
+  pass  # what is tested here takes no flags
 PUBLISHED = coverage.GPT4
 GPT4_GRID = np.array([
   (2.0**n, k) for n in range(11, 20) for k in (8, 16, 32, 64, 128, 256, 512)

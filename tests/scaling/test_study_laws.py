@@ -1,11 +1,11 @@
 """From the tables of a study to laws.json, on studies whose laws are known."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from programs import program
 
 from sae_jax.errors import UserError
 from sae_jax.scaling import envelope, laws_text, slices
@@ -14,7 +14,6 @@ from sae_jax.scaling.study_laws import study_laws
 from sae_jax.sweep import tables
 from sae_jax.sweep.tables import Mark, Point
 
-ROOT = Path(__file__).parents[2]
 D, BATCH = 64, 1024
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 # L(N, R) = E + A N^-a + B R^-b: the best N is C^(b / (a + b)) up to a factor.
@@ -98,7 +97,7 @@ def test_a_study_without_noise_gives_its_laws():
 
 def test_the_envelope_is_the_least_loss_there_is():
   _, marks = study()
-  best = _curves_and(marks)
+  best = envelope.optima(_curves_of(marks))
   for o in best:
     n = np.geomspace(64, 2**20, 20_000)
     loss = loss_of(n, o.flops / (12 * D * n))
@@ -111,7 +110,7 @@ def test_the_envelope_is_the_least_loss_there_is():
   assert sum(not o.edge for o in best) >= 4
 
 
-def _curves_and(marks, **kw):
+def _curves_of(marks):
   points = {m.point: [] for m in marks}
   for m in marks:
     points[m.point].append(m)
@@ -122,7 +121,25 @@ def _curves_and(marks, **kw):
     )
     for name, of in points.items()
   ]  # fmt: skip
-  return envelope.optima([c for c in curves if c], **kw)
+  return [c for c in curves if c]
+
+
+def test_shaken_curves_move_their_optima():
+  _, marks = study()
+  curves = _curves_of(marks)
+  best = envelope.thinned(envelope.optima(curves), len(curves))
+  still = envelope.shaken(curves, best, np.zeros(3), 0)
+  for change in still.values():
+    np.testing.assert_allclose(change, 0, atol=1e-9)
+  moved = envelope.shaken(curves, best, np.full(4000, 0.01), 0)
+  assert moved['loss'].shape == (4000, len(best))
+  assert 0.003 < moved['loss'].std() < 0.012
+  assert moved['latents'].std() > 5 * moved['loss'].std()  # it is flat there
+  twice = envelope.shaken(curves * 4, best, np.full(4000, 0.01), 0)
+  half = twice['loss'].std() / moved['loss'].std()
+  assert half == pytest.approx(0.5, abs=0.06)  # four seeds
+  # Neighbours share curves: their changes are correlated.
+  assert np.corrcoef(moved['loss'][:, :2].T)[0, 1] > 0.3
 
 
 def test_computes_whose_best_width_is_an_edge_are_left_out_of_n_opt():
@@ -350,20 +367,9 @@ def test_an_l0_off_its_target_is_said():
 
 def _program(monkeypatch, points, marks, *args):
   monkeypatch.setattr(tables, 'read', lambda _: (points, marks), raising=False)
-  path = ROOT / 'launch' / 'fit_laws.py'
-  spec = importlib.util.spec_from_file_location('fit_laws', path)
-  module = importlib.util.module_from_spec(spec)
-  from absl import flags
-
-  kept = set(flags.FLAGS)
-  try:
-    spec.loader.exec_module(module)
+  with program('launch/fit_laws.py') as module:
     flags.FLAGS(['fit_laws', *args])
     module.main()
-  finally:
-    for name in set(flags.FLAGS) - kept:
-      delattr(flags.FLAGS, name)
-  return module
 
 
 def test_the_program(monkeypatch, tmp_path, capsys):
