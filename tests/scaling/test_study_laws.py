@@ -279,8 +279,9 @@ def test_each_width_has_its_best_setting_and_longest_runs():
   worse = [
     point(n, lr=5e-3, loss=2 * loss_of(n, 2**25)) for n in WIDTHS
   ] + [point(n, rows=2**16) for n in WIDTHS]  # fmt: skip
-  fits = fits_of(found_of(points + worse, marks))
-  assert fits['L(N)|k=32']['params']['alpha']['value'] == pytest.approx(ALPHA)
+  fit = fits_of(found_of(points + worse, marks))['L(N)|k=32']
+  assert fit['params']['alpha']['value'] == pytest.approx(ALPHA)
+  assert fit['params']['A']['value'] == pytest.approx(A)
 
 
 def test_held_out_prediction():
