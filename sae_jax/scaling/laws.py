@@ -16,6 +16,9 @@ from sae_jax.scaling.huber import descend
 WIDEST = 3.0
 # E is unknown if its interval is wider than this part of the smallest loss.
 WIDEST_E = 0.5
+# Optima that noise moves by more have intervals that are too narrow: it is half
+# of the way between widths that double.
+NOISIEST = 0.3
 # Residuals up to this are squared at first, as in arXiv 2203.15556 ...
 _FIRST_DELTA = 1e-3
 # ... and then up to this many standard deviations: 98% efficient if Gaussian.
@@ -34,6 +37,7 @@ class Fit(NamedTuple):
   scale: float  # standard deviation of log y around the law
   scales: np.ndarray  # [R], what it may be
   level: float
+  shared: bool  # points share their noise, as those of an envelope
 
   @property
   def rms(self) -> float:
@@ -88,7 +92,18 @@ def fit(
   draws, scales = _resample(
     law, theta, starts, z, delta, scale, bounds, resamples, seed, errors
   )
-  return Fit(law, x, log_y, centre, theta, draws, scale, scales, level)
+  return Fit(
+    law,
+    x,
+    log_y,
+    centre,
+    theta,
+    draws,
+    scale,
+    scales,
+    level,
+    errors is not None,
+  )
 
 
 def missing(law: Law, x: np.ndarray) -> str:
@@ -228,6 +243,12 @@ def undetermined(found: Fit, range_of: str) -> str:
     return (
       f'the grid does not determine the exponent ({percent} interval '
       f'{is_.low:.2g} to {is_.high:.2g}): {advice}'
+    )
+  moved = float(np.median(found.scales))
+  if found.shared and moved > NOISIEST:
+    return (
+      f'the noise of runs moves points by {moved:.0%}, and above '
+      f'{NOISIEST:.0%} intervals are too narrow: add seeds or widths'
     )
   if found.law.floor is None:
     return ''

@@ -226,6 +226,13 @@ def test_seeds_give_the_noise_and_intervals_never_assume_less():
   assert width(fit) > 100 * width(alone)
 
 
+def test_noise_that_moves_the_optimum_far_is_said():
+  for noise, said in ((0.005, ''), (0.1, 'the noise of runs moves points by')):
+    fit = fits_of(found_of(*study(noise=noise)))['N_opt(C)|k=32']
+    assert said in fit['why'] and fit['verdict'] != ('ok' if said else '')
+    assert bool(fit['why']) == bool(said)
+
+
 def test_what_is_left_out_is_counted():
   points, marks = study()
   points += [
