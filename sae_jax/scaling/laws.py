@@ -69,9 +69,8 @@ def fit(
   """Fits a law to y [n] at x [n] or [n, d], all above 0.
 
   noise: what is known of the standard deviation of log y (from seeds); the
-  intervals never assume less. errors [R, n]: resamples of the noise of log y,
-  where points share it; without them every point has its own. Raises UserError
-  for too few points.
+  intervals never assume less. errors [R, n]: resamples of noise of log y that
+  points share, besides each one's own. Raises UserError for too few points.
   """
   x = np.asarray(x, float).reshape(len(y), -1)
   log_y = np.log(np.asarray(y, float))
@@ -114,12 +113,15 @@ def missing(law: Law, x: np.ndarray) -> str:
       f'too few points: {len(x)} of {parameters + 1} needed ({parameters} '
       'parameters and one to judge by)'
     )
-  needed = (3, 2) if law.kind == 'joint' else (parameters,)
-  for column, least in enumerate(needed):
-    different = len(np.unique(x[:, column]))
-    if different < least:
-      what = ('n', 'k')[column] if law.kind == 'joint' else 'x'
-      return f'too few points: {different} different {what}, {least} needed'
+  if law.kind == 'joint':
+    slices = [len(np.unique(x[x[:, 1] == k, 0])) for k in np.unique(x[:, 1])]
+    enough = sum(count >= 3 for count in slices)
+    if enough < 2:
+      return f'too few points: {enough} k with 3 different n, 2 needed'
+    return ''
+  different = len(np.unique(x))
+  if different < parameters:
+    return f'too few points: {different} different x, {parameters} needed'
   return ''
 
 
@@ -166,7 +168,8 @@ def _resample(
   noise = rng.standard_normal((resamples, len(z))) * scales[:, None]
   deltas = delta * scales / scale if scale else np.full(resamples, delta)
   if errors is not None:
-    noise, scales = errors, np.maximum(scales, errors.std())
+    noise = noise + errors
+    scales = np.hypot(scales, errors.std())
     deltas = np.maximum(deltas, _DELTAS * errors.std())
   log_y = law.value(theta[None], z)[0] + noise
   least = np.full(resamples, np.inf)

@@ -168,8 +168,12 @@ def test_an_unknown_irreducible_part_is_said():
     (IRREDUCIBLE, [512, 1024, 2048], '3 of 4 needed .3 parameters and one to'),
     (POWER, [512, 1024], '2 of 3 needed'),
     (IRREDUCIBLE, [512, 512, 1024, 1024], '2 different x, 3 needed'),
-    (JOINT, [(n, 32) for n in range(1, 9)], '1 different k, 2 needed'),
-    (JOINT, [(n, k) for n in (1, 2) for k in (1, 2, 3, 4)], '2 different n, 3'),
+    (JOINT, [(n, 32) for n in range(1, 9)], '1 k with 3 different n, 2'),
+    (
+      JOINT,
+      [(n, k) for n in (1, 2) for k in (1, 2, 3, 4)],
+      '0 k with 3 different n',
+    ),
   ],
 )
 def test_too_few_points(law, x, said):
