@@ -41,7 +41,7 @@ flags.mark_flag_as_required('study')
 
 def main() -> None:
   study = str(_STUDY.value)
-  points, marks = tables.read(study)
+  points, marks = tables.read(Path(study))
   decayed = _DECAYED.value
   if decayed is None:
     decayed = any(_decays(Path(p.folder)) for p in points if p.state == 'done')
