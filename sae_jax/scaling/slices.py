@@ -1,0 +1,252 @@
+"""The points of a study, sorted into slices that one law can describe.
+
+A slice has one activation and one k (or one L0 coefficient, where no L0 is
+aimed at) on one site. At each width it has the setting that did best.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sae_jax.scaling.envelope import Curve, curve, vertex
+from sae_jax.sweep.tables import Mark, Point
+
+METRICS = ('fvu', 'mse', 'delta_loss')
+# Keys of `changes` that make another problem of it, not another setting.
+_PROBLEM = (
+  'store.path', 'store.site', 'sae.d_in', 'sae.center', 'sae.pre_bias',
+)  # fmt: skip
+# Keys that the columns of a point already say, or that do not matter.
+_KNOWN = (
+  'sae.latents', 'act.name', 'act.k', 'loss.target_l0', 'loss.l0_coef',
+  'optim.lr', 'optim.lr_width', 'seed', 'store.seed', 'train.rows',
+  'train.batch_rows', 'members',
+)  # fmt: skip
+_IDLE = ('mesh.', 'distributed.', 'train.')
+# An L0 further from the one aimed at is another slice's, in truth.
+_L0_OFF = 0.1
+
+
+class Slice(NamedTuple):
+  """What one law is fitted to."""
+
+  where: (
+    dict  # activation, k and, if these vary, l0_coef and the problem's keys
+  )
+  label: str
+  points: list[Point]  # at each width the longest runs of its best setting
+  curves: list[Curve]  # of all runs of these settings
+  tried: list[Point]  # all, trials too
+  warnings: list[str]
+
+
+def usable(points: list[Point], metric: str) -> tuple[list[Point], str]:
+  """Points that are done and have the metric, and a sentence on the others."""
+  kept, lost = [], Counter()
+  for point in points:
+    value = getattr(point, metric)
+    if point.state != 'done':
+      lost[point.state] += 1
+    elif value is None or not math.isfinite(value):
+      lost[f'no {metric}'] += 1
+    elif value <= 0:
+      lost[f'a {metric} of 0 or less'] += 1
+    else:
+      kept.append(point)
+  if not lost:
+    return kept, ''
+  what = ', '.join(_of_state(count, why) for why, count in lost.items())
+  out = lost.total()
+  verb = 'is' if out == 1 else 'are'
+  return kept, f'{out} of {len(points)} points {verb} left out: {what}'
+
+
+def _of_state(count: int, why: str) -> str:
+  if why in ('failed', 'running', 'missing'):
+    return f'{count} {why}'
+  return f'{count} {"has" if count == 1 else "have"} {why}'
+
+
+def seed_noise(points: list[Point], metric: str) -> float | None:
+  """Pooled standard deviation of log loss of points equal but for the seed."""
+  groups = _grouped(
+    points, lambda p: (_key(_where(p)), p.latents, p.rows, _setting(p))
+  )
+  square, free = 0.0, 0
+  for group in groups.values():
+    logs = np.log([getattr(p, metric) for p in group])
+    square += float(np.sum((logs - logs.mean()) ** 2))
+    free += len(logs) - 1
+  return math.sqrt(square / free) if free else None
+
+
+def slices(
+  points: list[Point],
+  marks: list[Mark],
+  metric: str,
+  flops: str,
+  decayed: bool,
+) -> list[Slice]:
+  """The slices of usable points, in order of activation and k."""
+  by_point = _grouped(marks, lambda m: m.point)
+  groups = _grouped(points, lambda p: _key(_where(p)))
+  several = len({p.activation for p in points}) > 1
+  found = []
+  for tried in groups.values():
+    where, grid = _where(tried[0]), [p for p in tried if p.stage != 'trial']
+    if not grid:
+      continue
+    runs = _best(grid, metric)
+    longest = [
+      p for p in runs if p.rows == max(q.rows for q in runs if _same(p, q))
+    ]
+    curves = _curves(runs, by_point, metric, flops, decayed)
+    found.append(
+      Slice(
+        where, _label(where, several), longest, curves, tried, _off(longest)
+      )
+    )
+  return sorted(
+    found,
+    key=lambda s: (s.where['activation'], s.where['k'] or math.inf, s.label),
+  )
+
+
+def best_lrs(
+  tried: list[Point], metric: str
+) -> tuple[list[tuple[int, float]], list[str]]:
+  """(width, learning rate of the least loss) and what is wrong with others.
+
+  The vertex of the parabola in log lr through the best rate and its neighbours,
+  among runs equal in all but lr and seed.
+  """
+  found, said = [], []
+  widths = _grouped(tried, lambda p: p.latents)
+  for latents in sorted(widths):
+    rates = _rates(widths[latents], metric)
+    at = f'at {latents:,} latents'
+    if len(rates) < 3:
+      said.append(
+        f'{at} {len(rates)} learning rates were tried: give 3 or more'
+      )
+      continue
+    log_lr, log_loss = np.array(sorted(rates.items())).T
+    best = int(np.argmin(log_loss))
+    if best in (0, len(rates) - 1):
+      end, way = ('largest', 'above') if best else ('smallest', 'below')
+      said.append(
+        f'{at} the best of {len(rates)} learning rates is the {end}, '
+        f'{math.exp(log_lr[best]):.3g}: the optimum lies at the edge; '
+        f'try rates {way} it'
+      )
+      continue
+    near = slice(best - 1, best + 2)
+    found.append(
+      (latents, float(np.exp(vertex(log_lr[near], log_loss[near])[0])))
+    )
+  return found, said
+
+
+def _rates(points: list[Point], metric: str) -> dict[float, float]:
+  """{log lr: mean log loss} of the runs with the most learning rates."""
+  groups = _grouped(points, lambda p: (p.rows, _setting(p._replace(lr=0.0))))
+  best: dict[float, float] = {}
+  for _, group in sorted(groups.items(), key=lambda g: g[0][0], reverse=True):
+    rates = _grouped(group, lambda p: math.log(p.lr))
+    if len(rates) > len(best):
+      best = {lr: _log_loss(same, metric) for lr, same in rates.items()}
+  return best
+
+
+def _where(point: Point) -> dict:
+  changes = json.loads(point.changes or '{}')
+  where = {'activation': point.activation, 'k': point.k}
+  if point.k is None:
+    where['l0_coef'] = point.l0_coef
+  return where | {k: v for k, v in changes.items() if k in _PROBLEM}
+
+
+def _setting(point: Point) -> str:
+  """What may be chosen for a width: everything but its seed and its length."""
+  changes = json.loads(point.changes or '{}')
+  rest = {
+    key: value
+    for key, value in changes.items()
+    if key not in _KNOWN + _PROBLEM and not key.startswith(_IDLE)
+  }
+  return _key([point.lr, point.batch_rows, point.l0_coef, rest])
+
+
+def _key(value: object) -> str:
+  return json.dumps(value, sort_keys=True)
+
+
+def _label(where: dict, several: bool) -> str:
+  parts = [where['activation']] if several else []
+  if where['k'] is not None:
+    parts.append(f'k={where["k"]:g}')
+  for key, value in where.items():
+    if key not in ('activation', 'k'):
+      parts.append(f'{key}={value}')
+  return ', '.join(parts)
+
+
+def _grouped(items: Iterable, key: Callable[[Any], Any]) -> dict[Any, list]:
+  groups: dict[Any, list] = defaultdict(list)
+  for item in items:
+    groups[key(item)].append(item)
+  return dict(groups)
+
+
+def _same(p: Point, q: Point) -> bool:
+  return p.latents == q.latents
+
+
+def _log_loss(points: list[Point], metric: str) -> float:
+  return float(np.mean(np.log([getattr(p, metric) for p in points])))
+
+
+def _best(points: list[Point], metric: str) -> list[Point]:
+  """At each width all runs of the setting that is best in its longest runs."""
+  found = []
+  for same in _grouped(points, lambda p: p.latents).values():
+    longest = [p for p in same if p.rows == max(q.rows for q in same)]
+    settings = _grouped(longest, _setting)
+    best = min(settings, key=lambda s: _log_loss(settings[s], metric))
+    found += [p for p in same if _setting(p) == best]
+  return found
+
+
+def _curves(runs, by_point, metric, flops, decayed) -> list[Curve]:
+  """One for each run, or, of end points only, one for each width and seed."""
+  if decayed or metric not in Mark._fields:
+    groups = _grouped(runs, lambda p: (p.latents, p.seed))
+    tables = [(n, group, 'rows_done') for (n, _), group in groups.items()]
+  else:
+    tables = [(p.latents, by_point.get(p.point, []), 'rows') for p in runs]
+  name = 'flops' if flops == 'published' else 'flops_executed'
+  found = [
+    curve(n, *_columns(group, (name, metric, rows, 'seconds')))
+    for n, group, rows in tables
+    if group
+  ]
+  return [c for c in found if c]
+
+
+def _columns(items: list, names: tuple[str, ...]) -> list[list[float]]:
+  return [[getattr(item, name) for item in items] for name in names]
+
+
+def _off(points: list[Point]) -> list[str]:
+  off = [p for p in points if p.k and p.l0 and abs(p.l0 / p.k - 1) > _L0_OFF]
+  if not off:
+    return []
+  worst = max(off, key=lambda p: abs(math.log((p.l0 or 1) / (p.k or 1))))
+  return [
+    f'{len(off)} of {len(points)} points are more than {_L0_OFF:.0%} off the '
+    f'L0 aimed at (L0 {worst.l0:.3g} for {worst.k:g})'
+  ]
