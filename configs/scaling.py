@@ -77,10 +77,12 @@ def demo(c: Config) -> Config:
   c.act.name = 'topk'
   c.sae.encoder_norm = 0.45  # as configs/topk.py:demo
   c.loss.dead_rows = 100_000
+  # As soon as one latent is dead AuxK takes as long as all else, and few are.
+  c.loss.aux_coef = 0.0
   c.optim.lr = 1e-3
-  c.train.rows = 800_000
+  c.train.rows = 600_000
   c.train.batch_rows = 2048
-  c.optim.warmup_rows = 40_000
+  c.optim.warmup_rows = 30_000
   rows = c.train.get_ref('rows')
   c.train.log_rows = rows // 64
   c.train.eval_rows = rows // 16

@@ -1,4 +1,4 @@
-"""Fits scaling laws to a study: prints them, writes laws.json into it.
+"""Fits scaling laws to a study: prints them, writes laws.json and a report.
 
 python launch/fit_laws.py --study=DIR
 python launch/fit_laws.py --study=DIR --predict_latents=65536 \
@@ -12,10 +12,11 @@ from pathlib import Path
 from absl import flags
 
 from sae_jax import cli
+from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
-from sae_jax.scaling import laws_text
-from sae_jax.scaling.study_laws import Settings, study_laws
-from sae_jax.sweep import tables
+from sae_jax.sweep import laws_text, report, study, tables
+from sae_jax.sweep.study_laws import Settings, study_laws
+from sae_jax.train.run import run_folder
 
 _STUDY = flags.DEFINE_string('study', None, 'Folder of the study.')
 _METRIC = flags.DEFINE_string('metric', 'fvu', 'Loss: fvu, mse or delta_loss.')
@@ -40,22 +41,34 @@ flags.mark_flag_as_required('study')
 
 
 def main() -> None:
-  study = str(_STUDY.value)
-  points, marks = tables.read(Path(study))
+  folder = run_folder(str(_STUDY.value))
+  points, marks = tables.read(folder)
   decayed = _DECAYED.value
   if decayed is None:
     decayed = any(_decays(Path(p.folder)) for p in points if p.state == 'done')
-  found = study_laws(
-    points, marks,
-    Settings(
-      metric=_METRIC.value, flops=_FLOPS.value, level=_LEVEL.value,
-      decayed=decayed, predict_latents=_LATENTS.value,
-      budget_flops=_BUDGET.value, base=_BASE.value,
-    ),
+  settings = Settings(
+    metric=_METRIC.value, flops=_FLOPS.value, level=_LEVEL.value,
+    decayed=decayed, predict_latents=_LATENTS.value,
+    budget_flops=_BUDGET.value, base=_BASE.value,
   )  # fmt: skip
+  try:
+    found = study_laws(points, marks, settings)
+  except UserError:  # the points are worth a page without laws, too
+    if points:
+      report.write(folder, title(folder), points, marks, {})
+    raise
   data = json.dumps(found, indent=2, allow_nan=False) + '\n'
-  write_atomic(Path(study) / 'laws.json', data)
+  write_atomic(folder / 'laws.json', data)
   print(laws_text.text(found))
+  print(
+    f'\nreport: {report.write(folder, title(folder), points, marks, found)}'
+  )
+
+
+def title(folder: Path) -> str:
+  """What was studied: the site."""
+  store = study.read_study(folder)['config']['store']
+  return f'{store["site"]} of {Path(store["path"]).name}'
 
 
 def _decays(folder: Path) -> bool:

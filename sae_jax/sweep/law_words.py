@@ -4,14 +4,6 @@ import re
 from typing import Any
 
 from sae_jax.sweep.drawing import number
-from sae_jax.sweep.tables import Point
-
-
-def part_of(point: Point) -> dict[str, Any]:
-  """The slice of a study that a point belongs to: one law each."""
-  if point.k is not None:
-    return {'activation': point.activation, 'k': point.k}
-  return {'activation': point.activation, 'l0_coef': point.l0_coef}
 
 
 def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:

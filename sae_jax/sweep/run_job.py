@@ -119,6 +119,7 @@ def _train(r: Running, config: Config, folder: Path) -> tuple[int, str]:
     code, reason = _start(r, command)
     if r.stop_asked():
       study.write_job(r.job.folder, r.record)
+      logging.info('stopped: what was running has saved: %s', r.job.folder)
       raise SystemExit(128 + r.stop_asked())
     over = 0 <= code <= 2 or start == _STARTS - 1
     r.record['attempts'].append({

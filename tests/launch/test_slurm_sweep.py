@@ -21,10 +21,11 @@ pytestmark = [
 
 
 @pytest.fixture
-def cluster(tmp_path):
-  jobs.local_slurm('start', tmp_path / 'slurm')
-  yield tmp_path / 'slurm'
-  jobs.local_slurm('stop', tmp_path / 'slurm')
+def cluster(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('slurm')  # sockets need a short path
+  jobs.local_slurm('start', folder)
+  yield folder
+  jobs.local_slurm('stop', folder)
 
 
 def test_an_array_runs_what_is_missing_and_no_more(cluster, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 
 from sae_jax.scaling import laws
 from sae_jax.scaling.laws import Fit
-from sae_jax.scaling.slices import Slice
+from sae_jax.sweep.slices import Slice
 
 FAR = 10  # times beyond the grid: from here on with a warning
 

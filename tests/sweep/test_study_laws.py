@@ -8,10 +8,11 @@ from absl import flags
 from programs import program
 
 from sae_jax.errors import UserError
-from sae_jax.scaling import envelope, laws_text, slices
-from sae_jax.scaling.advice import Settings, rounded
-from sae_jax.scaling.study_laws import study_laws
-from sae_jax.sweep import tables
+from sae_jax.scaling import envelope
+from sae_jax.sweep import laws_text, report, slices, tables
+from sae_jax.sweep import study as study_folder
+from sae_jax.sweep.advice import Settings, rounded
+from sae_jax.sweep.study_laws import study_laws
 from sae_jax.sweep.tables import Mark, Point
 
 D, BATCH = 64, 1024
@@ -374,7 +375,12 @@ def test_an_l0_off_its_target_is_said():
 
 
 def _program(monkeypatch, points, marks, *args):
-  monkeypatch.setattr(tables, 'read', lambda _: (points, marks), raising=False)
+  monkeypatch.setattr(tables, 'read', lambda _: (points, marks))
+  store = {'site': 'layer_9.resid_post', 'path': 'stores/s'}
+  monkeypatch.setattr(
+    study_folder, 'read_study', lambda _: {'config': {'store': store}}
+  )
+  monkeypatch.setattr(report, 'write', lambda folder, *_: folder / 'study.html')
   with program('launch/fit_laws.py') as module:
     flags.FLAGS(['fit_laws', *args])
     module.main()
@@ -390,7 +396,7 @@ def test_the_program(monkeypatch, tmp_path, capsys):
   printed = capsys.readouterr().out
   found = json.loads((tmp_path / 'laws.json').read_text())
   assert found['format'] == 'sae_jax.laws' and found['version'] == 1
-  assert printed == laws_text.text(found) + '\n'
+  assert printed.startswith(laws_text.text(found) + '\n\nreport: ')
   assert '1 of 16 points is left out: 1 failed' in printed
   text = (tmp_path / 'laws.json').read_text()
   assert 'NaN' not in text and 'Infinity' not in text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def _of_state(count: int, why: str) -> str:
 def seed_noise(points: list[Point], metric: str) -> float | None:
   """Pooled standard deviation of log loss of points equal but for the seed."""
   groups = _grouped(
-    points, lambda p: (_key(_where(p)), p.latents, p.rows, _setting(p))
+    points, lambda p: (_key(where_is(p)), p.latents, p.rows, _setting(p))
   )
   square, free = 0.0, 0
   for group in groups.values():
@@ -93,11 +93,11 @@ def slices(
 ) -> list[Slice]:
   """The slices of usable points, in order of activation and k."""
   by_point = _grouped(marks, lambda m: m.point)
-  groups = _grouped(points, lambda p: _key(_where(p)))
+  groups = _grouped(points, lambda p: _key(where_is(p)))
   several = len({p.activation for p in points}) > 1
   found = []
   for tried in groups.values():
-    where, grid = _where(tried[0]), [p for p in tried if p.stage != 'trial']
+    where, grid = where_is(tried[0]), [p for p in tried if p.stage != 'trial']
     if not grid:
       continue
     runs = _best(grid, metric)
@@ -162,7 +162,8 @@ def _rates(points: list[Point], metric: str) -> dict[float, float]:
   return best
 
 
-def _where(point: Point) -> dict:
+def where_is(point: Point) -> dict:
+  """The slice of a point: `Slice.where`."""
   changes = json.loads(point.changes or '{}')
   where = {'activation': point.activation, 'k': point.k}
   if point.k is None:

@@ -4,7 +4,6 @@ import numpy as np
 
 from sae_jax.errors import UserError
 from sae_jax.scaling import laws
-from sae_jax.scaling.advice import FAR, Made, Settings, predictions, recommend
 from sae_jax.scaling.envelope import (
   Optimum,
   fall,
@@ -15,7 +14,8 @@ from sae_jax.scaling.envelope import (
 )
 from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER, Law
 from sae_jax.scaling.laws import Fit
-from sae_jax.scaling.slices import (
+from sae_jax.sweep.advice import FAR, Made, Settings, predictions, recommend
+from sae_jax.sweep.slices import (
   METRICS,
   Slice,
   best_lrs,
