@@ -140,7 +140,14 @@ def make_step(
     turns = jnp.arange(len(knobs.lr)), knobs
     return jax.lax.scan(one, stack, turns)
 
+  def alone(stack, x):  # nothing is copied out of the stack and back
+    state = jax.tree.map(lambda a: a[0], stack)
+    made = update(state, x, step.make_knobs(configs[0]))
+    return jax.tree.map(lambda a: a[None], made)
+
   def whole(stack, x):
+    if len(configs) == 1 and not _spread():
+      return alone(stack, x)
     knobs = [step.make_knobs(config) for config in configs]
     knobs = jax.tree.map(lambda *a: jnp.stack(a), *knobs)
     if not _spread():
