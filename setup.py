@@ -85,6 +85,7 @@ setup(
     'test': [
       *_SMOKE,
       *_DATA,
+      'pytest-xdist>=3.6,<4',  # the suite on two cores
       'torch==2.13.0',  # the reference models of transformers run on it
       'jsonschema>=4.20,<5',  # checks launch/gke/ against Kubernetes' schema
       'pyyaml>=6,<7',
