@@ -10,6 +10,6 @@ use_env "${SAE_JAX_EXTRA:-test}"
 cd "$ROOT"
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-  workers=(-n "${TEST_WORKERS:-2}" --dist loadgroup)
+  workers=(-n "${TEST_WORKERS:-2}" --dist loadfile)
 fi
 exec "$PYTHON" -m pytest "${workers[@]}" "$@"

@@ -24,18 +24,6 @@ flags.FLAGS.mark_as_parsed()
 MESHES = [(1, 1), (1, 8), (8, 1), (2, 4)]
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items):
-  """Of several processes (pytest-xdist) one runs a whole file, so that its
-  fixtures are made once; and all that starts a Slurm, whose ports and host
-  names are the machine's."""
-  for item in items:
-    slurm = item.path.name.startswith('test_slurm')
-    item.add_marker(
-      pytest.mark.xdist_group('slurm' if slurm else str(item.path))
-    )
-
-
 @pytest.fixture(params=MESHES, ids=lambda m: f'{m[0]}x{m[1]}')
 def mesh(request):
   """Every mesh of the contract, set for the test."""

@@ -1,10 +1,12 @@
 """A Slurm cluster of two nodes on this machine, for tests of launch/slurm/."""
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,14 +25,17 @@ def why_not() -> str:
 
 
 def local_slurm(command: str, folder: Path) -> str:
-  done = subprocess.run(
-    ['bash', 'scripts/slurm_local.sh', command, str(folder)],
-    cwd=ROOT,
-    env=os.environ | {'CPUS': '16'},  # of a node: many jobs of bash at once
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  # One at a time looks for free ports and names its nodes.
+  with open(Path(tempfile.gettempdir()) / 'sae_jax_slurm_tests', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = subprocess.run(
+      ['bash', 'scripts/slurm_local.sh', command, str(folder)],
+      cwd=ROOT,
+      env=os.environ | {'CPUS': '16'},  # of a node: many jobs of bash at once
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
   assert done.returncode == 0, done.stderr + done.stdout
   return done.stdout
 
