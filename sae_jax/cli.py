@@ -62,7 +62,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError,
     OSError,
   ) as error:  # fmt: skip  # config_flags raises all of these for typos
-    stop(_readable(error))
+    stop(_readable(error, argv))
     raise AssertionError('unreachable') from error
   if len(rest) > 1:
     stop(f'unknown argument {rest[1]!r}: options are written --name=value')
@@ -80,9 +80,18 @@ def _ours(record: std_logging.LogRecord) -> bool:
   return 'orbax' not in record.pathname or record.levelno > std_logging.INFO
 
 
-def _readable(error: BaseException) -> str:
+def _readable(error: BaseException, argv: Sequence[str]) -> str:
   """The message of an error of flag parsing, without its quoting."""
   text = error.args[0] if error.args else str(error)
   if isinstance(error, OSError):
     text = str(error)
+  # ml_collections of a key that is not there: its name, and perhaps a near one.
+  bare = re.fullmatch(r'[\'"]*(\w+)[\'"]*', str(text))
+  near = re.search(r'Did you mean "(.*)" instead of "(.*)"\?', str(text))
+  if bare or near:
+    key = near[2] if near else bare and bare[1]
+    given = (a.partition('=')[0] for a in argv)
+    flag = next((a for a in given if a.endswith(f'.{key}')), key)
+    text = f'{flag}: the config has no such key'
+    text += f', did you mean {near[1]}?' if near else ''
   return re.sub(r'\s+', ' ', str(text)).strip()

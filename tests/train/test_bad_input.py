@@ -12,6 +12,10 @@ from sae_jax.train import run as runs
 
 BAD = {
   'key': (['--config.optim.lrate=1'], ['lrate', 'lr']),
+  'key like no other': (
+    ['--config.act.kk=1'],
+    ['config.act.kk', 'no such key'],
+  ),
   'type': (['--config.train.rows=many'], ['rows', 'many']),
   'float for int': (['--config.sae.latents=3.5'], ['latents', '3.5']),
   'activation': (['--config.act.name=jumpreul'], ["'jumprelu'"]),
