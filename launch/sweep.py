@@ -13,7 +13,15 @@ from ml_collections import config_flags
 
 from sae_jax import cli
 from sae_jax.errors import UserError
-from sae_jax.sweep import drive, estimate, grid, packing, study, submit
+from sae_jax.sweep import (
+  drive,
+  estimate,
+  grid,
+  packing,
+  study,
+  submit,
+  tables,
+)
 from sae_jax.sweep.machine import UNKNOWN, Machine, here
 from sae_jax.train.run import run_folder
 
@@ -53,9 +61,9 @@ def main() -> None:
     config_flags.get_override_values(flag),
   )
   entries = grid.entries(_CONFIG.value, sweep)
-  machine = here(speed=_DRY_RUN.value) if _local() else UNKNOWN
+  machine = lambda: here() if _local() else UNKNOWN
   if _DRY_RUN.value:
-    return dry_run(entries, machine)
+    return dry_run(entries, here(speed=True) if _local() else UNKNOWN)
   s = study.open_study(str(_WORKDIR.value), _CONFIG.value, entries)
   if _local():
     drive.drive(
@@ -63,9 +71,9 @@ def main() -> None:
       retry=_RETRY.value, after=evaluation,
     )  # fmt: skip
     return tell(s)
-  drive.plan(s, machine, _POINTS.value or 8)
-  jobs = submit.missing(s, _RETRY.value)
-  given = [a for a in sys.argv[1:] if not _own(a)]
+  drive.plan(s, machine, _most())
+  jobs = submit.missing(s, _RETRY.value, evaluation)
+  given = inherited(sys.argv[1:])
   if _SUBMIT.value == 'print':
     for command in submit.commands(jobs, given):
       print(submit.in_shell(command))
@@ -80,9 +88,23 @@ def _local() -> bool:
   return _SUBMIT.value == 'here' or bool(_JOB.value)
 
 
-def _own(argument: str) -> bool:
-  name = argument.lstrip('-').removeprefix('no').partition('=')[0]
-  return name in _OWN
+def _most() -> int:
+  return _POINTS.value if _local() else _POINTS.value or 8
+
+
+def inherited(argv: list[str]) -> list[str]:
+  """The flags without those that the commands of jobs do not have."""
+  found, skip = [], False
+  for argument in argv:
+    if skip:
+      skip = False
+      continue
+    name, equals, _ = argument.lstrip('-').partition('=')
+    if not argument.startswith('-') or name.removeprefix('no') not in _OWN:
+      found.append(argument)
+      continue
+    skip = not equals and name in ('submit', 'slurm', 'job')  # --slurm VALUE
+  return found
 
 
 def dry_run(entries: list[grid.Entry], machine: Machine) -> None:
@@ -91,17 +113,19 @@ def dry_run(entries: list[grid.Entry], machine: Machine) -> None:
   planned = {x.id for job in study.jobs(s) for x in job.specs}
   wanted = drive.wanted(s)
   new = [x for x in wanted if x.id not in planned]
-  open_jobs = [j.specs for j in study.jobs(s) if not drive.ended(j)]
-  packs = packing.pack(new, machine, _POINTS.value) if new else []
-  left = sum(map(len, open_jobs)) + len(new)
+  left = [drive.left(job) for job in study.jobs(s)]
+  packs = [specs for specs in left if specs]
+  packs += packing.pack(new, machine, _most()) if new else []
   later = len(entries) - sum(x.stage == 'grid' for x in wanted)
-  done = len({x.id for x in wanted} | planned) - left
-  print(estimate.text(open_jobs + packs, machine, later, done))
+  later -= len(drive.unfound(s))
+  print(
+    estimate.text(packs, machine, later, len(planned) - sum(map(len, left)))
+  )
 
 
 def evaluation(runs: list[Path]) -> list[str]:
   """The program that evaluates run folders with the language model."""
-  left = [run for run in runs if not (run / 'evaluation.json').exists()]
+  left = [run for run in runs if not tables.evaluation(run)]
   if not left or not _SEQUENCES.value:
     return []
   return [
@@ -112,7 +136,7 @@ def evaluation(runs: list[Path]) -> list[str]:
 
 def tell(s: study.Study) -> None:
   """What became of the points. Raises UserError when some failed."""
-  failed = drive.failures(s)
+  failed = drive.failures(s, _JOB.value)
   for what, why in failed:
     logging.warning('failed: %s: %s', what, why)
   results = drive.results_of(s)

@@ -15,8 +15,12 @@ set -uo pipefail
 
 # srun reports the highest exit code of all tasks; these two must be that.
 BUG=251 MISTAKE=252
+# A task passes signals on to its command: Slurm sends them to all processes of
+# a step or, tracking them by cgroups, to its first ones only.
 # shellcheck disable=SC2016  # expanded by the tasks
-TASK='trap : TERM INT; "$@"; rc=$?
+TASK='"$@" & p=$!; trap "kill -TERM $p" TERM; trap "kill -INT $p" INT
+wait $p; rc=$?
+while kill -0 $p 2>/dev/null; do wait $p; rc=$?; done
 case $rc in 1) rc='$BUG' ;; 2) rc='$MISTAKE' ;; esac; exit $rc'
 # For how long to ask a slurmctld that does not answer, every 5 s and more: it
 # may restart, or a backup takes over after 120 s (SlurmctldTimeout).

@@ -9,15 +9,17 @@ reason, the others end as if nothing had been.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from sae_jax.errors import UserError
 from sae_jax.sweep import grid, packing, run_job, study
-from sae_jax.sweep.grid import Spec
+from sae_jax.sweep.grid import Entry, Spec
 from sae_jax.sweep.machine import Machine
 from sae_jax.sweep.run_job import Running
 from sae_jax.sweep.study import Job, Study
+from sae_jax.train.run import lock
 from sae_jax.train.stopping import stop_signals
 from sae_jax.train.writer import read_metrics
 
@@ -26,7 +28,7 @@ _POLL_SECONDS = 10.0  # between looks at others' jobs
 
 def drive(
   s: Study,
-  machine: Machine,
+  machine: Callable[[], Machine],
   programs: Path,
   *,
   most: int = 0,
@@ -42,28 +44,31 @@ def drive(
   to run on them. Raises SystemExit (143, 130) when asked to stop, all saved.
   """
   retried: set[str] = set() if retry else {'*'}
+  seen: set[str] = set()  # jobs that were run here
   with stop_signals() as stop_asked:
     while True:
-      plan(s, machine, most)
+      if not only:
+        plan(s, machine, most)
       busy, ran = [], False
       jobs = [j for j in study.jobs(s) if only in ('', j.id)]
       if only and not jobs:
         raise UserError(f'--job={only}: {s.folder} has no such job')
       for job in jobs:
-        if ended(job, retried):
+        runs = run_job.runs_of(job, study.read_job(job.folder))
+        if ended(job, retried) and (job.id in seen or not after(runs)):
           continue
         with study.claim(job.folder) as descriptor:
-          if descriptor is None:
+          if descriptor is None or by_hand(job):
             busy.append(job.id)
             continue
           ran = True
-          record = study.read_job(job.folder)
-          for id in [i for i in record['failed'] if _again(i, retried)]:
-            retried.add(id)
-            del record['failed'][id]
+          seen.add(job.id)
+          record = forgiven(study.read_job(job.folder), retried)
           run_job.run(
             Running(job, record, programs, descriptor, stop_asked, after)
           )
+          if retry:  # what failed here is not tried again here
+            retried |= set(study.read_job(job.folder)['failed'])
       if not ran and not busy:
         return
       if only and not busy:
@@ -73,27 +78,55 @@ def drive(
         _sleep(_POLL_SECONDS, stop_asked)
 
 
-def plan(s: Study, machine: Machine, most: int) -> None:
+def by_hand(job: Job) -> bool:
+  """Whether launch/train.py is at work on a job without a claim."""
+  try:
+    with lock(job.folder):
+      return False
+  except UserError:
+    return True
+
+
+def forgiven(record: dict[str, Any], retried: set[str]) -> dict[str, Any]:
+  """The record without the failures that are to be tried again, which are
+  noted in `retried`."""
+  again = [id for id in record['failed'] if _again(id, retried)]
+  for id in again:
+    retried.add(id)
+    del record['failed'][id]
+  if again:  # together, if all of them
+    record['attempts'].append({'failed': False, 'reason': 'tried again'})
+  return record
+
+
+def plan(s: Study, machine: Callable[[], Machine], most: int) -> None:
   """Puts points that are in no job yet into jobs; those that searches ask for
   when their trials have ended among them."""
   with study.locked(s.folder):
     planned = {spec.id for job in study.jobs(s) for spec in job.specs}
-    new = {x.id: x for x in wanted(s) if x.id not in planned}
+    new = [x for x in wanted(s) if x.id not in planned]
     if new:
-      study.add_jobs(s, packing.pack(list(new.values()), machine, most))
+      study.add_jobs(s, packing.pack(new, machine(), most))
 
 
 def wanted(s: Study) -> list[Spec]:
-  """The points and trials that can be run by now."""
+  """The points and trials that can be run by now, each once. Those that are
+  in a job are as they were put there."""
+  planned = {spec.id: spec for job in study.jobs(s) for spec in job.specs}
   found: list[Spec] = []
   results = results_of(s)
   for entry in s.entries:
+    if entry.id in planned:
+      found.append(planned[entry.id])
+      continue
     match grid.resolve(s.base, entry, results):
       case Spec() as spec:
         found.append(spec)
       case list() as trials:
         found += trials
-  return found
+  # A point of the grid may be a trial of another.
+  found.sort(key=lambda spec: spec.stage == 'grid')
+  return list({spec.id: spec for spec in found}.values())
 
 
 def results_of(s: Study) -> grid.Results:
@@ -107,7 +140,8 @@ def results_of(s: Study) -> grid.Results:
     record = study.read_job(job.folder)
     if id in record['failed']:
       return {}
-    if id not in record['done']:
+    done = id in record['done']
+    if not done or study.state(job.run(spec), spec.config, True) != 'done':
       return None
     last = [m for m in read_metrics(job.run(spec)) if 'eval/fvu' in m][-1]
     return {k.removeprefix('eval/'): v for k, v in last.items()}
@@ -129,6 +163,15 @@ def ended(job: Job, retried: set[str] = {'*'}) -> bool:  # noqa: B006
   return True
 
 
+def left(job: Job) -> list[Spec]:
+  """The points of a job that are neither whole nor have failed."""
+  record = study.read_job(job.folder)
+  state = lambda x: study.state(job.run(x), x.config, x.id in record['done'])
+  return [
+    x for x in job.specs if x.id not in record['failed'] and state(x) != 'done'
+  ]
+
+
 def _again(id: str, retried: set[str]) -> bool:
   return not retried & {'*', id}
 
@@ -141,19 +184,30 @@ def _sleep(seconds: float, stop_asked: Callable[[], int]) -> None:
     time.sleep(0.2)
 
 
-def failures(s: Study) -> list[tuple[str, str]]:
-  """(point in words, reason) of all that failed, those among them that no
-  search found a value for."""
+def failures(s: Study, only: str = '') -> list[tuple[str, str]]:
+  """(point in words, reason) of the points of the grid that failed, those
+  among them that no search found a value for; of one job, if `only` names it.
+  A trial that failed is its search's business."""
   found = []
   for job in study.jobs(s):
     failed = study.read_job(job.folder)['failed']
     found += [
       (grid.in_words(spec.changes), failed[spec.id])
       for spec in job.specs
-      if spec.id in failed
+      if spec.id in failed and spec.stage == 'grid' and only in ('', job.id)
     ]
-  results = results_of(s)
-  for entry in s.entries:
-    if isinstance(why := grid.resolve(s.base, entry, results), str):
-      found.append((grid.in_words(entry.changes), why))
+  if not only:
+    found += [(grid.in_words(e.changes), why) for e, why in unfound(s)]
   return found
+
+
+def unfound(s: Study) -> list[tuple[Entry, str]]:
+  """Points that no search found a value for, and why."""
+  planned = {spec.id for job in study.jobs(s) for spec in job.specs}
+  results = results_of(s)
+  resolved = [
+    (e, grid.resolve(s.base, e, results))
+    for e in s.entries
+    if e.id not in planned
+  ]
+  return [(e, why) for e, why in resolved if isinstance(why, str)]

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -48,12 +49,17 @@ def load_sweep(path: str, given: Iterable[str] = ()) -> list[dict[str, Any]]:
     raise UserError(f'--config={path}: {file} is not a Python file')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  if not hasattr(module, 'sweep'):
+  if not callable(getattr(module, 'sweep', None)):
     raise UserError(
       f'--config={path}: {file} has no sweep(): take configs/scaling.py:demo '
       'for a pattern'
     )
-  found = list(module.sweep(arg) if arg else module.sweep())
+  args = (arg,) if arg else ()
+  try:
+    inspect.signature(module.sweep).bind(*args)
+  except TypeError as error:
+    raise UserError(f'--config={path}: sweep() of {file}: {error}') from None
+  found: list[dict[str, Any]] = list(module.sweep(*args) or [])
   if not found:
     raise UserError(f'--config={path}: sweep() yields no points: nothing to do')
   for key in given:
@@ -73,22 +79,39 @@ def entries(base: Config, sweep: Iterable[Mapping[str, Any]]) -> list[Entry]:
     what = f'sweep(): point ({in_words(changes)})'
     if not isinstance(changes, Mapping):
       raise UserError(f'sweep(): {changes!r} is not a dict of dotted keys')
-    for key, value in _searches(changes).items():
-      value.check(f'{what}: {key}')
-    config = _merged(base, _started(changes), what)
     try:
-      validate(config)
-    except UserError as error:
+      config = _checked(base, changes, what)
+    except (TypeError, ValueError, OverflowError) as error:
       raise UserError(f'{what}: {error}') from None
-    if not config.train.eval_rows:
-      raise UserError(
-        f'{what}: config.train.eval_rows=0: a study is made of evaluations'
-      )
     id = _id(config, {k: repr(v) for k, v in _searches(changes).items()})
     if id in found:
       raise UserError(f'{what} is there twice: sweep() must yield it once')
     found[id] = Entry(id, dict(changes))
   return list(found.values())
+
+
+def _checked(base: Config, changes: Mapping[str, Any], what: str) -> Config:
+  """The config that searches begin from; all values that they may take are
+  valid, too."""
+  _merged(base, _plain(changes), what)
+  for key, search in _searches(changes).items():
+    search.check(f'{what}: {key}')
+  kinds = [_started(changes)]
+  for key, search in _searches(changes).items():
+    kinds += [_started(changes) | {key: value} for value in search.ends]
+  for kind in kinds:
+    found = _merged(base, kind, what)
+    try:
+      validate(found)
+    except UserError as error:
+      raise UserError(f'{what}: {error}') from None
+    for key, least in (('eval_rows', 1), ('keep', 2)):
+      if found.train[key] < least:
+        raise UserError(
+          f'{what}: config.train.{key}={found.train[key]}: a study needs '
+          f'{least} or more'
+        )
+  return _merged(base, kinds[0], what)
 
 
 def resolve(
@@ -126,15 +149,19 @@ def in_words(changes: Mapping[str, Any]) -> str:
 
 def read_spec(record: Mapping[str, Any], base: Config) -> Spec:
   """The point of a `record_of`."""
-  config = _merged(base, record['changes'], 'point')
+  config = _merged(base, record['changes'] | record['resolved'], 'point')
   return Spec(
     record['id'], record['stage'], record['changes'], record['k'], config
   )
 
 
-def record_of(spec: Spec) -> dict[str, Any]:
-  """What says all of a point in JSON, beside the base."""
-  return {k: v for k, v in spec._asdict().items() if k != 'config'}
+def record_of(spec: Spec, base: Config) -> dict[str, Any]:
+  """What says all of a point in JSON, beside the base: the changes, and the
+  keys that followed them because they refer to others."""
+  was, is_ = trajectory(base.to_dict()), trajectory(spec.config.to_dict())
+  resolved = {k: v for k, v in is_.items() if v != was[k]}
+  record = {k: v for k, v in spec._asdict().items() if k != 'config'}
+  return record | {'resolved': resolved}
 
 
 def _trial(base: Config, changes: dict[str, Any]) -> Spec:
@@ -146,6 +173,12 @@ def _searches(changes: Mapping[str, Any]) -> dict[str, Search]:
   return {k: v for k, v in changes.items() if isinstance(v, TargetL0 | Halving)}
 
 
+def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
+  """Without the values that are to be found."""
+  searches = _searches(changes)
+  return {k: v for k, v in changes.items() if k not in searches}
+
+
 def _started(changes: Mapping[str, Any]) -> dict[str, Any]:
   """With the values that searches begin from."""
   return dict(changes) | {k: s.start for k, s in _searches(changes).items()}
@@ -154,6 +187,8 @@ def _started(changes: Mapping[str, Any]) -> dict[str, Any]:
 def _merged(base: Config, changes: Mapping[str, Any], what: str) -> Config:
   if base.members:
     raise UserError('config.members: a study makes its own: leave them out')
+  if 'members' in changes or not all(isinstance(k, str) for k in changes):
+    raise UserError(f'{what}: keys must be dotted keys of the config')
   config = copy.deepcopy(base)
   set_keys(config, changes, what)
   # References to keys that were changed are values from here on.

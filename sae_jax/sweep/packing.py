@@ -134,7 +134,7 @@ def _stream(config: Config) -> str:
   """Equal for points that may see the same batches in one job."""
   flat = flatten(config.to_dict())
   shared = {k: v for k, v in flat.items() if k.startswith(SHARED)}
-  return str(shared | {'store.seed': stream_seed(config)})
+  return str((shared, stream_seed(config)))
 
 
 def job_config(specs: Sequence[Spec]) -> Config:

@@ -15,6 +15,7 @@ from sae_jax.config import Config
 from sae_jax.sweep import grid, packing, study
 from sae_jax.sweep.grid import Spec
 from sae_jax.sweep.study import Job
+from sae_jax.train import checkpoints
 from sae_jax.train.config import plain_members
 from sae_jax.train.run import write_config
 
@@ -49,7 +50,8 @@ def run(r: Running) -> None:
       logging.warning('job %s failed (%s): point by point', r.job.id, reason)
     left = _left(r)
   for spec in left:
-    r.record['alone'] = sorted({*r.record['alone'], spec.id})
+    saved = checkpoints.kept_steps(r.job.run(spec))
+    r.record['alone'].setdefault(spec.id, saved[-1] if saved else 0)
     code, reason = _train(r, spec.config, r.job.run(spec))
     if code:
       _fail(r, spec, reason)
@@ -61,13 +63,19 @@ def run(r: Running) -> None:
     'job %s: %d of %d points are done, %.0f s', r.job.id, len(done),
     len(r.job.specs), time.monotonic() - began,
   )  # fmt: skip
-  command = r.after([r.job.run(s) for s in done if s.stage == 'grid'])
+  command = r.after(runs_of(r.job, r.record))
   if command:
     code, reason = _start(r, command)
     if r.stop_asked():
       raise SystemExit(128 + r.stop_asked())
     if code:
       logging.warning('job %s: not evaluated: %s', r.job.id, reason)
+
+
+def runs_of(job: Job, record: dict[str, Any]) -> list[Path]:
+  """The run folders of its points of the grid that are done."""
+  grid = [s for s in job.specs if s.stage == 'grid']
+  return [job.run(s) for s in grid if s.id in record['done']]
 
 
 def _fail(r: Running, spec: Spec, reason: str) -> None:

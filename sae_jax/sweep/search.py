@@ -56,12 +56,18 @@ class TargetL0(NamedTuple):
     """What other searches of the same point meanwhile use."""
     return math.sqrt(self.low * self.high)
 
+  @property
+  def ends(self) -> Sequence[float]:
+    """Values that must work in a config."""
+    return self.low, self.high
+
   def check(self, what: str) -> None:
     """Raises UserError for values that cannot work."""
     if not (self.l0 > 0 and 0 < self.low < self.high):
       raise UserError(f'{what}: needs l0 > 0 and 0 < low < high')
     if self.tries < 2 or self.rounds < 1 or self.rows < 0:
       raise UserError(f'{what}: needs tries >= 2, rounds >= 1 and rows >= 0')
+    _whole(what, self.rows, self.tries, self.rounds)
 
   def next(self, seen: Seen, rows: int) -> Ask | Found:
     """rows: of the point."""
@@ -121,10 +127,16 @@ class Halving(NamedTuple):
     """The middle one, which other searches of the same point meanwhile use."""
     return sorted(self.values)[len(self.values) // 2]
 
+  @property
+  def ends(self) -> Sequence[float]:
+    """Values that must work in a config."""
+    return self.values
+
   def check(self, what: str) -> None:
     """Raises UserError for values that cannot work."""
-    if not self.values or self.rows < 1 or self.eta < 2:
+    if not len(self.values) or self.rows < 1 or self.eta < 2:
       raise UserError(f'{what}: needs values, rows >= 1 and eta >= 2')
+    _whole(what, self.rows, self.eta)
 
   def next(self, seen: Seen, rows: int) -> Ask | Found:
     """rows: of the point."""
@@ -148,6 +160,12 @@ Search: TypeAlias = TargetL0 | Halving
 def spaced(low: float, high: float, n: int) -> list[float]:
   """n values from low to high, each the same multiple of the one before."""
   return [_rounded(low * (high / low) ** (i / (n - 1))) for i in range(n)]
+
+
+def _whole(what: str, *numbers: float) -> None:
+  for number in numbers:
+    if not isinstance(number, int):
+      raise UserError(f'{what}: {number!r} must be a whole number')
 
 
 def _rounded(value: float) -> float:

@@ -22,11 +22,17 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
 from sae_jax.store.manifest import read_manifest, store_fingerprint
-from sae_jax.sweep import grid
+from sae_jax.sweep import grid, packing
 from sae_jax.sweep.grid import Entry, Spec
 from sae_jax.train import checkpoints
+from sae_jax.train.config import plain_members
 from sae_jax.train.integrity import Damaged
-from sae_jax.train.run import changed_keys, read_config, run_folder
+from sae_jax.train.run import (
+  changed_keys,
+  read_config,
+  run_folder,
+  write_config,
+)
 from sae_jax.train.state import steps_of
 from sae_jax.train.writer import read_metrics
 
@@ -70,7 +76,17 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
   with locked(root):
     if path.exists():
       old = read_study(root)
-      gone = [v for k, v in old['grid'].items() if k not in ids]
+      trained = {
+        spec.id
+        for job in jobs(study)
+        for spec in job.specs
+        if spec.id not in read_job(job.folder)['failed']
+      }
+      gone = [
+        words
+        for id, words in old['grid'].items()
+        if id in trained and id not in ids
+      ]
       if gone:
         keys = changed_keys(old['config'], record['config'])
         raise UserError(
@@ -129,12 +145,32 @@ def claim(folder: Path, wait: bool = False) -> Iterator[int | None]:
       'that can be written'
     ) from error
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     free = True
-  except BlockingIOError:
-    free = False
-  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      free = False
+    except OSError as error:
+      raise UserError(
+        f'--workdir={folder}: no locks on this file system ({error.strerror}): '
+        'take one that supports flock'
+      ) from None
     yield descriptor if free else None
+  finally:
+    os.close(descriptor)
+
+
+def is_taken(folder: Path) -> bool:
+  """Whether somebody works on a job; writes nothing."""
+  try:
+    descriptor = os.open(folder / 'claim', os.O_RDONLY)
+  except OSError:  # nobody has ever claimed it
+    return False
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return False
+  except BlockingIOError:
+    return True
   finally:
     os.close(descriptor)
 
@@ -142,9 +178,13 @@ def claim(folder: Path, wait: bool = False) -> Iterator[int | None]:
 def jobs(study: Study) -> list[Job]:
   """Those that were planned, in their order."""
   found = []
-  for path in (study.folder / 'jobs').glob('*/job.json'):
+  paths = list((study.folder / 'jobs').glob('*/job.json'))
+  # A point of the grid may have been planned as a trial of another.
+  wanted = read_study(study.folder)['grid'] if paths else {}
+  for path in paths:
     record = read_job(path.parent)
     specs = [grid.read_spec(r, study.base) for r in record['points']]
+    specs = [s._replace(stage='grid') if s.id in wanted else s for s in specs]
     found.append((record['order'], Job(path.parent.name, path.parent, specs)))
   return [job for _, job in sorted(found, key=lambda x: (x[0], x[1].id))]
 
@@ -154,14 +194,16 @@ def add_jobs(study: Study, packs: Iterable[list[Spec]]) -> None:
   order = 1 + max((read_job(j.folder)['order'] for j in jobs(study)), default=0)
   for i, specs in enumerate(packs):
     folder = study.folder / 'jobs' / specs[0].id
+    # With that it can be run by hand, too.
+    write_config(folder, plain_members(packing.job_config(specs)))
     write_job(folder, {
       'format': FORMAT + '.job',
       'version': VERSION,
       'order': order + i,
-      'points': [grid.record_of(s) for s in specs],
+      'points': [grid.record_of(s, study.base) for s in specs],
       'done': [],  # points that were seen to be whole
       'failed': {},  # point: reason
-      'alone': [],  # points that were trained by themselves
+      'alone': {},  # points trained by themselves: from which step on
       'attempts': [],
     })  # fmt: skip
 
@@ -170,12 +212,16 @@ def read_job(folder: Path) -> dict[str, Any]:
   """job.json. Raises UserError when it is not whole."""
   path = folder / 'job.json'
   try:
-    return json.loads(path.read_text())
-  except ValueError as error:
+    record = json.loads(path.read_text())
+  except ValueError:
+    record = None
+  keys = {'order', 'points', 'done', 'failed', 'alone', 'attempts'}
+  if not isinstance(record, dict) or not keys <= record.keys():
     raise UserError(
-      f'{path} is not JSON ({error}): remove {folder}, its points are trained '
-      'again'
-    ) from None
+      f'{path} is not what was written: remove {folder}, its points are '
+      'trained again'
+    )
+  return record
 
 
 def write_job(folder: Path, record: dict[str, Any]) -> None:
@@ -200,8 +246,10 @@ def state(run: Path, config: Config, seen_whole: bool = False) -> str:
     for step in steps:
       checkpoints.read_meta(run, step)
     evaluated = [m['step'] for m in read_metrics(run) if 'eval/fvu' in m]
-  except (UserError, Damaged) as error:
-    return str(error)
+  except (
+    UserError, Damaged, ValueError, TypeError, AttributeError, KeyError,
+  ) as error:  # fmt: skip  # what a file of other bytes may lead to
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
   if last not in steps:
     return 'its last checkpoint is gone' if seen_whole else 'open'
   if last not in evaluated:

@@ -77,13 +77,12 @@ def read(folder: Path) -> tuple[list[Point], list[Mark]]:
   points, marks = [], []
   for job in study.jobs(s):
     record = study.read_job(job.folder)
-    with study.claim(job.folder) as descriptor:
-      running = descriptor is None
+    running = study.is_taken(job.folder)
     runs = {spec.id: job.run(spec) for spec in job.specs}
     lines = {id: _metrics(run) for id, run in runs.items()}
     work = {spec.id: _work(spec.config, lines[spec.id]) for spec in job.specs}
     for spec in job.specs:
-      mine = _marks(spec, lines[spec.id], work, spec.id in record['alone'])
+      mine = _marks(spec, lines[spec.id], work, record['alone'])
       marks += mine
       state = _state(record, spec, running)
       points.append(_point(job, record, spec, state, lines[spec.id], mine))
@@ -100,9 +99,10 @@ def _state(record: dict[str, Any], spec: Spec, running: bool) -> str:
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
   try:
-    return read_metrics(run)
-  except UserError:  # corrupt: the next start of the sweep says so
-    return []
+    found = read_metrics(run)
+  except (UserError, ValueError):  # the next start of the sweep says so
+    found = []
+  return [m for m in found if isinstance(m, dict) and 'step' in m]
 
 
 class _Work(NamedTuple):
@@ -141,7 +141,7 @@ def _marks(
   spec: Spec,
   lines: Sequence[dict[str, Any]],
   work: dict[str, _Work],
-  alone: bool,
+  alone: dict[str, int],
 ) -> list[Mark]:
   config, mine = spec.config, work[spec.id]
   batch = config.train.batch_rows
@@ -149,7 +149,13 @@ def _marks(
     'published'
   ]
   total = sum(w.executed[-1] for w in work.values()) or 1.0
-  share = 1.0 if alone else mine.executed[-1] / total
+  share = mine.executed[-1] / total
+  time = lambda at: float(np.interp(at, mine.steps, mine.seconds))
+
+  def seconds(at: int) -> float:
+    began = min(alone.get(spec.id, at), at)  # to be trained by itself
+    return share * time(began) + time(at) - time(began)
+
   return [
     Mark(
       point=spec.id,
@@ -157,7 +163,7 @@ def _marks(
       rows=m['step'] * batch,
       flops=m['step'] * step,
       flops_executed=float(np.interp(m['step'], mine.steps, mine.executed)),
-      seconds=share * float(np.interp(m['step'], mine.steps, mine.seconds)),
+      seconds=seconds(m['step']),
       fvu=m['eval/fvu'],
       l0=m['eval/l0'],
       mse=m['eval/mse'],
@@ -177,7 +183,7 @@ def _point(
 ) -> Point:
   c, last = spec.config, marks[-1] if marks else None
   dead = [m['train/dead'] for m in lines if m.get('train/dead') is not None]
-  figures = _evaluation(job.run(spec))
+  figures = evaluation(job.run(spec))
   seconds = last.seconds if last else 0.0
   devices = c.mesh.data * c.mesh.dict * c.mesh.member
   return Point(
@@ -212,9 +218,9 @@ def _point(
   )
 
 
-def _evaluation(run: Path) -> dict[str, Any]:
+def evaluation(run: Path) -> dict[str, Any]:
   """The figures of evaluation.json, if there is one."""
   try:
     return json.loads((run / 'evaluation.json').read_text())['figures']
-  except FileNotFoundError:
+  except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
     return {}

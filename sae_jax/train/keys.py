@@ -18,6 +18,12 @@ def set_keys(config: Config, changes: Mapping[str, Any], what: str) -> None:
     if key not in flat:
       near = difflib.get_close_matches(key, flat, 1, 0.3) or ['optim.lr']
       raise UserError(f'{what}.{key}: no such key, did you mean {near[0]}?')
+    # ConfigDict takes None for anything, and True for 1.
+    odd = isinstance(value, bool) != isinstance(flat[key], bool)
+    if value is None or odd:
+      raise UserError(
+        f'{what}.{key}={value!r}: must be a {type(flat[key]).__name__}'
+      )
     *path, last = key.split('.')
     node = config
     for part in path:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding
 from sae_jax.parallel.mesh import P as Spec
 from sae_jax.parallel.processes import several
 
+_REPEAT_SECONDS = 2.0  # in which a second signal is the first one's copy
 _DEFAULT = {
   signal.SIGTERM: signal.SIG_DFL,
   signal.SIGINT: signal.default_int_handler,
@@ -24,15 +26,23 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
   In a job of several processes all call it as often as each other, under the
   job's mesh, and are told the same: one call late, what came to any of them.
-  The same signal again kills. Leaves alone what a caller has installed, and
-  threads other than the main one, which cannot have handlers.
+  The same signal again kills, but not within a second or two: Slurm may send
+  one to a process and to the parent that passes it on. Leaves alone what a
+  caller has installed, and threads other than the main one, which cannot have
+  handlers.
   """
   came: list[int] = []
+  first = 0.0
 
   def note(number, frame):
+    nonlocal first
     del frame
-    came.append(number)
-    signal.signal(number, _DEFAULT[number])
+    if number not in came:
+      came.append(number)
+      first = time.monotonic()
+    elif time.monotonic() - first > _REPEAT_SECONDS:
+      signal.signal(number, _DEFAULT[number])
+      signal.raise_signal(number)
 
   main = threading.current_thread() is threading.main_thread()
   ours = [s for s, f in _DEFAULT.items() if main and signal.getsignal(s) == f]

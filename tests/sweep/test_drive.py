@@ -1,16 +1,21 @@
 """Studies that are run, killed, damaged, and run again."""
 
+import contextlib
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import time
+from unittest import mock
 
 import pytest
 import studies
 
 from sae_jax.errors import UserError
-from sae_jax.sweep import drive, grid, study, tables
+from sae_jax.sweep import drive, grid, study, submit, tables
+from sae_jax.sweep.search import Halving, TargetL0
+from sae_jax.train.run import lock
 
 pytestmark = pytest.mark.slow
 LAUNCH = studies.ROOT / 'launch'
@@ -21,7 +26,7 @@ def opened(folder, config, points=studies.POINTS):
 
 
 def go(s, **more):
-  drive.drive(s, studies.MACHINE, LAUNCH, **more)
+  drive.drive(s, lambda: studies.MACHINE, LAUNCH, **more)
 
 
 def attempts(s):
@@ -99,7 +104,9 @@ def test_folders_that_are_no_study(store, tmp_path):
     tables.read(tmp_path)
 
 
-@pytest.mark.parametrize('damage', ['config', 'checkpoint', 'metrics', 'gone'])
+@pytest.mark.parametrize(
+  'damage', ['config', 'config is a list', 'checkpoint', 'metrics', 'gone']
+)
 def test_a_corrupt_point_alone_is_trained_again(copy, damage, caplog):
   (job,) = study.jobs(copy)
   run = job.run(job.specs[1])
@@ -107,10 +114,12 @@ def test_a_corrupt_point_alone_is_trained_again(copy, damage, caplog):
   match damage:
     case 'config':
       (run / 'config.json').write_text('{"seed": 1')
+    case 'config is a list':
+      (run / 'config.json').write_text('[]')
     case 'checkpoint':
       (run / 'checkpoints' / '20' / 'meta' / 'record.json').write_text('{}')
     case 'metrics':
-      (run / 'metrics.jsonl').write_text('')
+      (run / 'metrics.jsonl').write_bytes(b'\xff\n')
     case 'gone':
       shutil.rmtree(run)
   go(copy)
@@ -134,14 +143,17 @@ def test_a_point_that_fails_is_reported_and_stops_no_other(store, tmp_path):
   assert '--retry_failed' in line
   points, _ = tables.read(tmp_path / 's')
   assert [p.state for p in points] == ['done', 'failed', 'done']
-  assert 'updates in a row' in points[1].reason or 'is' in points[1].reason
+  assert 'not finite' in points[1].reason
   before = [p.fvu for p in points]
   again = studies.run(config, tmp_path / 's')
   assert again.returncode == 2
   (job,) = (tmp_path / 's' / 'jobs').iterdir()
-  count = len(study.read_job(job)['attempts'])
+  ran = lambda: [
+    a['points'] for a in study.read_job(job)['attempts'] if 'points' in a
+  ]
+  assert ran() == [3, 1, 1, 1]
   assert studies.run(config, tmp_path / 's', '--retry_failed').returncode == 2
-  assert len(study.read_job(job)['attempts']) == count + 1  # it alone
+  assert ran() == [3, 1, 1, 1, 1]  # it alone
   assert [p.fvu for p in tables.read(tmp_path / 's')[0]] == before
 
 
@@ -162,7 +174,10 @@ def until_saved(folder, seconds=120):
   raise AssertionError('nothing was saved')
 
 
-LONG = {'train.rows': 1500 * 64, 'train.eval_rows': 750 * 64}
+LONG = {
+  f'train.{key}_rows': steps * 64
+  for key, steps in (('eval', 500), ('save', 50), ('log', 50))
+} | {'train.rows': 1000 * 64}
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
@@ -174,11 +189,10 @@ def test_a_driver_that_is_killed_goes_on(store, tmp_path, number):
   first.send_signal(number)
   said = first.communicate(timeout=120)[0]
   assert first.returncode == {15: 143, 9: -9}[int(number)], said
-  if number == signal.SIGKILL:  # its child goes on, and keeps the job
-    second = studies.run(config, folder, '--sequences=0')
-    assert 'waiting for 1 jobs of other programs' in second.stderr
-  else:
-    second = studies.run(config, folder)
+  (job,) = (folder / 'jobs').iterdir()
+  # Killed, its child goes on, and keeps the job.
+  assert study.is_taken(job) == (number == signal.SIGKILL)
+  second = studies.run(config, folder)
   assert second.returncode == 0, second.stderr
   points, _ = tables.read(folder)
   assert [p.state for p in points] == ['done'] * 4
@@ -211,6 +225,115 @@ def test_searches_run_their_trials_first(store, tmp_path):
   assert points[-1].rows == 1280
   trials = {p.lr: p.fvu for p in points if p.stage == 'trial' and p.rows == 320}
   assert points[-1].lr == pytest.approx(min(trials, key=trials.get))
+
+
+def test_a_damaged_trial_does_not_stop_a_study(store, tmp_path):
+  config = studies.base(store)
+  lrs = Halving((1e-4, 3e-3), rows=320, eta=2)
+  points = [{'optim.lr': lrs}, {'optim.lr': lrs, 'sae.latents': 64}]
+  s = opened(tmp_path / 's', config, points[:1])
+  go(s)
+  (trial, point) = study.jobs(s)
+  (trial.run(trial.specs[0]) / 'metrics.jsonl').write_bytes(b'5\n\xff')
+  tables.read(s.folder)  # says what it can
+  s = opened(tmp_path / 's', config, points)
+  go(s)
+  assert states(s) == ['done'] * 6
+  assert [len(a) for a in attempts(s)] == [2, 1, 1, 1]
+
+
+def test_points_that_share_trials_share_them(store, tmp_path):
+  config = studies.base(store, **{'act.name': 'jumprelu'})
+  points = [
+    {'loss.l0_coef': TargetL0(l0, low=1e-3, high=1e-1)} for l0 in (2, 4)
+  ]
+  s = study.Study(tmp_path / 's', config, grid.entries(config, points))
+  assert [x.stage for x in drive.wanted(s)] == ['trial'] * 3
+  same = [*points, {'loss.l0_coef': 1e-3}]  # the first trial of both
+  s = s._replace(entries=grid.entries(config, same))
+  assert sorted(x.stage for x in drive.wanted(s)) == ['grid'] + ['trial'] * 2
+
+
+def test_evaluations_that_were_cut_off_are_made_up(copy, tmp_path):
+  # Stands for the evaluation with a language model.
+  program = tmp_path / 'evaluate.py'
+  program.write_text(
+    'import json, sys\n'
+    'for run in sys.argv[1:]:\n'
+    "  figures = {'figures': {'delta_loss': 0.5}}\n"
+    "  open(run + '/evaluation.json', 'w').write(json.dumps(figures))\n"
+  )
+
+  def after(runs):
+    left = [str(r) for r in runs if not tables.evaluation(r)]
+    return [str(program), *left] if left else []
+
+  go(copy, after=after)
+  assert [p.delta_loss for p in tables.read(copy.folder)[0]] == [0.5] * 4
+  (job,) = study.jobs(copy)
+  (job.run(job.specs[2]) / 'evaluation.json').write_text('{"fig')
+  go(copy, after=after)
+  assert [p.delta_loss for p in tables.read(copy.folder)[0]] == [0.5] * 4
+  assert len(attempts(copy)[0]) == 1  # nothing was trained for it
+  program.write_text('raise SystemExit(3)')
+  (job.run(job.specs[2]) / 'evaluation.json').unlink()
+  go(copy, after=after)  # tried once, and ends
+
+
+def test_what_failed_is_tried_again_together(copy, store, tmp_path):
+  (job,) = study.jobs(copy)
+  record = study.read_job(job.folder)
+  record['failed'] = {spec.id: 'the disk was full' for spec in job.specs}
+  record['done'] = []
+  record['attempts'][-1]['failed'] = True
+  study.write_job(job.folder, record)
+  for spec in job.specs:
+    shutil.rmtree(job.run(spec))
+  assert len(drive.failures(copy)) == 4 and drive.failures(copy, 'other') == []
+  assert submit.missing(copy, False, lambda runs: []) == []
+  go(copy)
+  assert states(copy) == ['failed'] * 4
+  assert len(submit.missing(copy, True, lambda runs: [])) == 1  # forgiven
+  go(copy)
+  assert states(copy) == ['done'] * 4
+  assert attempts(copy)[0][-1]['points'] == 4
+  # A sweep without a point that failed is the same study.
+  record = study.read_job(job.folder)
+  record['failed'] = {job.specs[0].id: 'no'}
+  study.write_job(job.folder, record)
+  opened(copy.folder, copy.base, studies.POINTS[1:])
+
+
+def test_a_job_that_is_run_by_hand_is_left_alone(copy):
+  (job,) = study.jobs(copy)
+  assert (job.folder / 'config.json').exists()
+  shutil.rmtree(job.run(job.specs[0]))
+  asked = itertools.chain([0, 0], itertools.repeat(15))
+
+  @contextlib.contextmanager
+  def signals():
+    yield lambda: next(asked)
+
+  with lock(job.folder), mock.patch.object(drive, 'stop_signals', signals):
+    assert submit.missing(copy, False, lambda runs: []) == []
+    with pytest.raises(SystemExit) as stopped:
+      go(copy)
+  assert stopped.value.code == 143
+  assert not job.run(job.specs[0]).exists()
+
+
+def test_time_alone_is_a_points_own(copy):
+  points = {p.point: p for p in tables.read(copy.folder)[0]}
+  (job,) = study.jobs(copy)
+  record = study.read_job(job.folder)
+  first = job.specs[0].id
+  record['alone'] = {first: 15}  # of 20 steps
+  study.write_job(job.folder, record)
+  after = {p.point: p for p in tables.read(copy.folder)[0]}
+  total = sum(p.seconds for p in points.values())
+  assert points[first].seconds < after[first].seconds < total
+  others = [id for id in points if id != first]
+  assert all(after[id] == points[id] for id in others)
 
 
 def test_dry_run_writes_nothing(store, tmp_path):

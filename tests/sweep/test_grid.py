@@ -1,5 +1,7 @@
 """Points, their ids, and every way in which a grid can be wrong."""
 
+import json
+
 import pytest
 import studies
 
@@ -41,6 +43,16 @@ def test_changes_move_what_refers_to_them(store):
     ([{'optim.lr': Halving((), rows=10)}], 'needs values'),
     (['sae.latents'], 'not a dict'),
     ([{'train.eval_rows': 0}], 'eval_rows'),
+    ([{'train.keep': 1}], 'train.keep=1'),
+    ([{'optim.lr': None}], 'optim.lr=None: must be a float'),
+    ([{'sae.latents': True}], 'sae.latents=True: must be a int'),
+    ([{'optim.lr': 10**400}], 'too large'),
+    ([{3: 4}], 'must be dotted keys'),
+    ([{'members': ({'seed': 1},)}], 'must be dotted keys'),
+    ([{'optim.lr': Halving((-1.0, 1e-3, 2e-3), rows=64)}], 'optim.lr=-1'),
+    ([{'optim.lr': Halving((1e-3, None), rows=64)}], 'point .*NoneType'),
+    ([{'optim.lr': Halving((1e-3, 2e-3), rows=64.0)}], 'must be a whole'),
+    ([{'loss.l0_coef': TargetL0('32', low=1, high=2)}], 'point .*str'),
   ],
 )
 def test_points_that_cannot_work(store, points, message):
@@ -53,6 +65,9 @@ def test_points_that_cannot_work(store, points, message):
   [
     ('def sweep():\n  return []', (), 'yields no points'),
     ('', (), r'has no sweep\(\)'),
+    ('sweep = []', (), r'has no sweep\(\)'),
+    ('def sweep():\n  pass', (), 'yields no points'),
+    ('def sweep(a, b):\n  pass', (), 'missing a required argument'),
     (
       "def sweep():\n  yield {'seed': 1}", ('seed',),
       r'--config.seed: sweep\(\).*sets it',
@@ -114,6 +129,24 @@ def test_points_that_do_not_fit_the_machine(store):
     packing.pack(specs, Machine('cpu', 2, 2**33))
   with pytest.raises(UserError, match='GiB a device.*and 1 points more'):
     packing.pack(specs, Machine('cpu', 8, 2**12))
+
+
+def test_points_of_other_streams_are_apart_whatever_their_seeds(store):
+  config = studies.base(store, **{'store.seed': -1})
+  points = [{}, {'seed': 1, 'store.seed': 0}]  # both draw from 0
+  packs = packing.pack(studies.specs(config, points), studies.MACHINE)
+  assert len(packs) == 2
+
+
+def test_a_point_comes_back_from_its_record(store):
+  config = studies.base(store)
+  config.train.rows = config.sae.get_ref('latents') * 40
+  (spec,) = studies.specs(config, [{'sae.latents': 64}])
+  record = json.loads(json.dumps(grid.record_of(spec, config)))
+  plain = config.copy_and_resolve_references()  # as study.json has it
+  again = grid.read_spec(record, plain)
+  assert again.config.train.rows == 2560
+  assert again == spec._replace(config=again.config)
 
 
 def test_published_flops_are_12BDF(store):
