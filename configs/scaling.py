@@ -47,6 +47,10 @@ def sweep(arg: str = 'demo') -> Iterator[dict[str, Any]]:
           yield {'sae.latents': latents, 'act.k': 32, 'optim.lr': lr}
       for latents in widths[:2]:
         yield {'sae.latents': latents, 'act.k': 32, 'seed': 1}
+      # Narrow ones for as long as wide ones take: the best width at a compute
+      # lies between widths that were tried.
+      for latents in widths[:3]:
+        yield {'sae.latents': latents, 'act.k': 32, 'train.rows': 2_400_000}
     case 'demo_jumprelu':
       for latents in (512, 1024, 2048):
         for l0 in (16, 32):

@@ -39,6 +39,7 @@ class Slice(NamedTuple):
   )
   label: str
   points: list[Point]  # at each width the longest runs of its best setting
+  equal: list[Point]  # ... and of those with as many rows as most widths have
   curves: list[Curve]  # of all runs of these settings
   tried: list[Point]  # all, trials too
   warnings: list[str]
@@ -107,7 +108,13 @@ def slices(
     curves = _curves(runs, by_point, metric, flops, decayed)
     found.append(
       Slice(
-        where, _label(where, several), longest, curves, tried, _off(longest)
+        where,
+        _label(where, several),
+        longest,
+        _best(_of_equal_rows(grid), metric),
+        curves,
+        tried,
+        _off(longest),
       )
     )
   return sorted(
@@ -220,6 +227,13 @@ def _best(points: list[Point], metric: str) -> list[Point]:
     best = min(settings, key=lambda s: _log_loss(settings[s], metric))
     found += [p for p in same if _setting(p) == best]
   return found
+
+
+def _of_equal_rows(points: list[Point]) -> list[Point]:
+  """Those with the number of rows that most widths have, the largest such."""
+  groups = _grouped(points, lambda p: p.rows)
+  rows = max(groups, key=lambda r: (len({p.latents for p in groups[r]}), r))
+  return groups[rows]
 
 
 def _curves(runs, by_point, metric, flops, decayed) -> list[Curve]:

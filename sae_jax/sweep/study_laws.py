@@ -101,8 +101,8 @@ def _fits(
     }  # fmt: skip
     made[name] = _made(law, entry, rows, warnings, settings, noise, errors)
 
-  rows = [(p.latents, getattr(p, y), p.point) for p in one.points]
-  falls, said = _convergence(one)
+  points, falls, said = _comparable(one)
+  rows = [(p.latents, getattr(p, y), p.point) for p in points]
   add('L(N)', IRREDUCIBLE, 'loss against latents', 'N', 'latents', y, rows,
       said + one.warnings, noise)  # fmt: skip
   made['L(N)'].entry['convergence'] = falls
@@ -226,10 +226,30 @@ def _joint(pool: list[Slice], settings: Settings, noise: float) -> Made:
   rows = [
     ((p.latents, p.k), getattr(p, settings.metric), p.point)
     for one in pool
-    for p in one.points
+    for p in _comparable(one)[0]
   ]
   said = [f'{one.label}: {w}' for one in pool for w in one.warnings]
   return _made(JOINT, entry, rows, said, settings, noise)
+
+
+def _comparable(one: Slice) -> tuple[list[Point], list[dict], list[str]]:
+  """The points of L(N), how their curves fell, and what to say of it: the
+  longest runs if these converged, else runs of equally many rows."""
+  falls, said = _convergence(one)
+  lengths = {p.rows for p in one.points}
+  if not (falls and said) or len(lengths) < 2:
+    return one.points, falls, said
+  rows, widths = one.equal[0].rows, {p.latents for p in one.points}
+  left = len(widths - {p.latents for p in one.equal})
+  return (
+    one.equal,
+    falls,
+    [
+      *said,
+      f'so losses after {rows:,} rows are fitted, which most widths have'
+      + (f'; {left} have not' if left else ''),
+    ],
+  )
 
 
 def _convergence(one: Slice) -> tuple[list[dict], list[str]]:

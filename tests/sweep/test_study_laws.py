@@ -292,6 +292,17 @@ def test_each_width_has_its_best_setting_and_longest_runs():
   assert fit['params']['A']['value'] == pytest.approx(A)
 
 
+def test_runs_of_several_lengths_that_fall_still_are_compared_at_one():
+  rows = 2**18
+  points, marks = study(rows=rows)
+  more, more_marks = study(widths=WIDTHS[:3], rows=4 * rows)
+  fit = fits_of(found_of(points + more, marks + more_marks))['L(N)|k=32']
+  at_the_end = E + B * rows**-BETA
+  assert fit['params']['E']['value'] == pytest.approx(at_the_end, rel=1e-6)
+  assert fit['params']['alpha']['value'] == pytest.approx(ALPHA, rel=1e-6)
+  assert any('after 262,144 rows are fitted' in w for w in fit['warnings'])
+
+
 def test_held_out_prediction():
   fit = fits_of(found_of(*study(noise=0.01)))['L(N)|k=32']
   held = fit['held_out']
