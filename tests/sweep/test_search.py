@@ -7,6 +7,8 @@ import studies
 from sae_jax.sweep import grid
 from sae_jax.sweep.search import Ask, Halving, TargetL0
 
+pytestmark = pytest.mark.smoke
+
 
 def play(search, f, rows):
   """(what it found, trials) when a trial of value v on r rows gives f(v, r)."""

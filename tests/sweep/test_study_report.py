@@ -10,12 +10,13 @@ import re
 import sys
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from sae_jax.errors import UserError
 from sae_jax.sweep import charts, drawing, report
 from sae_jax.sweep.tables import Mark, Point
+
+pq = pytest.importorskip('pyarrow.parquet')
 
 HOSTILE = '<script>alert("1")</script> & <b>NaN</b> after 3 steps'
 WIDTHS = (512, 1024, 2048, 4096)
