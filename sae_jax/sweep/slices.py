@@ -136,6 +136,8 @@ def best_lrs(
   for latents in sorted(widths):
     rates = _rates(widths[latents], metric)
     at = f'at {latents:,} latents'
+    if len(rates) < 2:  # it was not looked for at this width
+      continue
     if len(rates) < 3:
       said.append(
         f'{at} {len(rates)} learning rates were tried: give 3 or more'

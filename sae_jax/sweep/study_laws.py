@@ -118,7 +118,9 @@ def _fits(
     known = noise if values == 'loss' else 0.0
     add(name, law, title, 'C', 'flops', y_name, at(values), edges, known,
         errors.get(values))  # fmt: skip
-  if len({p.lr for p in one.tried}) > len({p.latents for p in one.tried}):
+  if len({(p.latents, p.lr) for p in one.tried}) > len(
+    {p.latents for p in one.tried}
+  ):
     rates, said = best_lrs(one.tried, y)
     add('lr_opt(N)', POWER, 'best learning rate against latents', 'N',
         'latents', 'lr', [(n, lr, None) for n, lr in rates], said)  # fmt: skip

@@ -282,6 +282,18 @@ def test_an_optimum_at_the_edge_is_no_optimum():
   assert 'at 2,048 latents 2 learning rates were tried' in said[2]
 
 
+def test_rates_may_be_tried_at_some_widths_only():
+  points, marks = study()
+  tried = [
+    point(n, lr=lr, loss=1.1 * loss_of(n, 2**25))
+    for n in WIDTHS[::2]
+    for lr in (5e-4, 2e-3)
+  ]
+  fit = fits_of(found_of(points + tried, marks))['lr_opt(N)|k=32']
+  assert [p['x'] for p in fit['points']] == list(WIDTHS[::2])
+  assert not fit['warnings']
+
+
 def test_each_width_has_its_best_setting_and_longest_runs():
   points, marks = study()
   worse = [
