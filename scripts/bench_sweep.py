@@ -56,11 +56,11 @@ def main() -> None:
       _PART.format(file=str(Path(file).resolve()), most=_LATENTS.value),
     )
     for i in range(_PAIRS.value):
-      times = [
-        study(f'{part}{colon}{arg}', Path(folder) / f'{i}-{n}', given, n)
-        for n in (0, 1)
-      ]
-      together, apart = times
+      times = {}
+      for most in (0, 1)[:: 1 - 2 * (i % 2)]:  # each way first in turn
+        to = Path(folder) / f'{i}-{most}'
+        times[most] = study(f'{part}{colon}{arg}', to, given, most)
+      together, apart = times[0], times[1]
       print(
         f'together {together:.1f} s, one by one {apart:.1f} s: '
         f'{apart / together:.2f}', flush=True,

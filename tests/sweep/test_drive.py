@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import studies
+from programs import program
 
 from sae_jax.errors import UserError
 from sae_jax.sweep import drive, grid, study, submit, tables
@@ -361,6 +362,16 @@ def test_printed_commands_run_their_jobs(store, tmp_path):
   ]
   wrong = studies.run(config, tmp_path / 's', '--job=none')
   assert wrong.returncode == 2 and 'has no such job' in wrong.stderr
+
+
+def test_commands_of_jobs_have_the_other_flags_only():
+  given = [
+    '--config=a.py', '--submit', 'slurm', '--workdir', 'slurm', '--nodry_run',
+    '--slurm', '--gpus=1', '--retry_failed', '--sequences=0', '--slurm=--x=1',
+  ]  # fmt: skip
+  with program('launch/sweep.py') as sweep:
+    kept = sweep.inherited(given)
+  assert kept == ['--config=a.py', '--workdir', 'slurm', '--sequences=0']
 
 
 def states_of(folder):
