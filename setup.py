@@ -7,6 +7,7 @@ _GGUF = 'gguf>=0.17,<0.20'
 _SMOKE = [
   _GGUF,
   'pytest>=8,<10',
+  'pytest-xdist>=3.6,<4',  # the suite in two processes
   'scipy>=1.14,<2',  # exact distributions to test estimators against
 ]
 
@@ -85,7 +86,6 @@ setup(
     'test': [
       *_SMOKE,
       *_DATA,
-      'pytest-xdist>=3.6,<4',  # the suite on two cores
       'torch==2.13.0',  # the reference models of transformers run on it
       'jsonschema>=4.20,<5',  # checks launch/gke/ against Kubernetes' schema
       'pyyaml>=6,<7',

@@ -30,7 +30,8 @@ _SEQUENCES = flags.DEFINE_integer('sequences', 0, 'As in launch/sweep.py.')
 _PAIRS = flags.DEFINE_integer('pairs', 1, 'Both ways so many times.')
 flags.mark_flag_as_required('config')
 
-# A config file that leaves out the wide points of another.
+# A config file that leaves out the wide points of another, and those of lengths
+# of their own: --config.train.rows is for all.
 _PART = """
 import importlib.util
 spec = importlib.util.spec_from_file_location('whole', {file!r})
@@ -40,7 +41,8 @@ get_config = whole.get_config
 
 def sweep(*arg):
   for changes in whole.sweep(*arg):
-    if changes.get('sae.latents', 0) <= {most}:
+    narrow = changes.get('sae.latents', 0) <= {most}
+    if narrow and 'train.rows' not in changes:
       yield changes
 """
 
