@@ -54,10 +54,11 @@ def sweep(arg: str = 'demo') -> Iterator[dict[str, Any]]:
     case 'demo_jumprelu':
       for latents in (512, 1024, 2048):
         for l0 in (16, 32):
+          # L0 last, and on all rows: it moves with the rate and the rows.
           yield {
             'sae.latents': latents,
-            'loss.l0_coef': TargetL0(l0, low=3e-4, high=1e-2, rows=100_000),
             'optim.lr': Halving((3e-4, 1e-3, 3e-3), rows=50_000),
+            'loss.l0_coef': TargetL0(l0, low=3e-4, high=1e-2),
           }
     case 'gemma2_2b':
       for i in range(14, 21):
