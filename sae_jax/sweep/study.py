@@ -29,6 +29,7 @@ from sae_jax.train.config import plain_members
 from sae_jax.train.integrity import Damaged
 from sae_jax.train.run import (
   changed_keys,
+  open_lock,
   read_config,
   run_folder,
   write_config,
@@ -136,14 +137,7 @@ def locked(root: Path) -> Iterator[None]:
 def claim(folder: Path, wait: bool = False) -> Iterator[int | None]:
   """The lock of a job (or study) as a file descriptor, None while another has
   it. Whatever process inherits the descriptor has the lock too."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / 'claim', os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    raise UserError(
-      f'--workdir={folder} cannot be used ({error.strerror}): give a folder '
-      'that can be written'
-    ) from error
+  descriptor = open_lock(folder, 'claim')
   try:
     free = True
     try:

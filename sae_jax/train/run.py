@@ -85,15 +85,7 @@ def _check_change(folder: Path, old: dict, config: Config) -> None:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
   """Keeps a second trainer out of the folder, which is made if need be."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    # A file: locks of folders do not reach other hosts over NFS.
-    descriptor = os.open(folder / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    raise UserError(
-      f'--workdir={folder} cannot be used ({error.strerror}): give a folder '
-      'that can be written'
-    ) from error
+  descriptor = open_lock(folder, 'lock')
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,6 +97,19 @@ def lock(folder: Path) -> Iterator[None]:
     yield
   finally:
     os.close(descriptor)
+
+
+def open_lock(folder: Path, name: str) -> int:
+  """A file to lock in a folder, which is made if need be; its descriptor."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    # A file: locks of folders do not reach other hosts over NFS.
+    return os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise UserError(
+      f'--workdir={folder} cannot be used ({error.strerror}): give a folder '
+      'that can be written'
+    ) from error
 
 
 def write_config(folder: Path, config: Config) -> None:
