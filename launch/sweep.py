@@ -18,6 +18,7 @@ from sae_jax.sweep import (
   estimate,
   grid,
   packing,
+  run_job,
   study,
   submit,
   tables,
@@ -142,6 +143,15 @@ def tell(s: study.Study) -> None:
   results = drive.results_of(s)
   done = sum(bool(results(e.id)) for e in s.entries)
   logging.info('%d of %d points are done: %s', done, len(s.entries), s.folder)
+  runs: list[Path] = []
+  for job in study.jobs(s):
+    runs += run_job.runs_of(job, study.read_job(job.folder))
+  lacking = [run for run in runs if not tables.evaluation(run)]
+  if lacking and _SEQUENCES.value:
+    logging.warning(
+      '%d of them have no delta loss: the reason is in log.txt of their jobs, '
+      'the same command tries again', len(lacking),
+    )  # fmt: skip
   if failed:
     raise UserError(
       f'{len(failed)} points of {s.folder} failed, the first ({failed[0][0]}): '

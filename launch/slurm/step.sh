@@ -16,9 +16,10 @@ set -uo pipefail
 # srun reports the highest exit code of all tasks; these two must be that.
 BUG=251 MISTAKE=252
 # A task passes signals on to its command: Slurm sends them to all processes of
-# a step or, tracking them by cgroups, to its first ones only.
+# a step or, tracking them by cgroups, to its first ones only. SIGINT as SIGTERM:
+# a command in the background ignores it.
 # shellcheck disable=SC2016  # expanded by the tasks
-TASK='"$@" & p=$!; trap "kill -TERM $p" TERM; trap "kill -INT $p" INT
+TASK='trap : TERM INT; "$@" & p=$!; trap "kill -TERM $p" TERM INT
 wait $p; rc=$?
 while kill -0 $p 2>/dev/null; do wait $p; rc=$?; done
 case $rc in 1) rc='$BUG' ;; 2) rc='$MISTAKE' ;; esac; exit $rc'

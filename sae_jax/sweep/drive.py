@@ -188,13 +188,13 @@ def failures(s: Study, only: str = '') -> list[tuple[str, str]]:
   """(point in words, reason) of the points of the grid that failed, those
   among them that no search found a value for; of one job, if `only` names it.
   A trial that failed is its search's business."""
-  found = []
+  found, wanted = [], {e.id for e in s.entries}  # a grid may lose points
   for job in study.jobs(s):
     failed = study.read_job(job.folder)['failed']
     found += [
       (grid.in_words(spec.changes), failed[spec.id])
       for spec in job.specs
-      if spec.id in failed and spec.stage == 'grid' and only in ('', job.id)
+      if spec.id in failed and spec.id in wanted and only in ('', job.id)
     ]
   if not only:
     found += [(grid.in_words(e.changes), why) for e, why in unfound(s)]

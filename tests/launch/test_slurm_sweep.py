@@ -28,13 +28,17 @@ def cluster(tmp_path_factory):
   jobs.local_slurm('stop', folder)
 
 
-def test_an_array_runs_what_is_missing_and_no_more(cluster, tmp_path):
+@pytest.fixture
+def config(tmp_path):
   rows = train_runs.planted_rows(8 * 256)[0]
   write_arrays(
     tmp_path / 'store', {train_runs.SITE: rows}, rows_per_shard=256,
     rows_per_block=16, held_out_shards=2,
   )  # fmt: skip
-  config = studies.write_config(tmp_path / 'study.py', tmp_path / 'store')
+  return studies.write_config(tmp_path / 'study.py', tmp_path / 'store')
+
+
+def test_an_array_runs_what_is_missing_and_no_more(cluster, config, tmp_path):
   env, folder = jobs.environment(cluster, devices=1), tmp_path / 's'
   flags = ['--submit=slurm', '--points_per_job=2', '--slurm=--hold']
 
@@ -64,13 +68,7 @@ def test_an_array_runs_what_is_missing_and_no_more(cluster, tmp_path):
   assert '1 jobs submitted' in sweep()
 
 
-def test_without_slurm_it_says_so(tmp_path):
-  rows = train_runs.planted_rows(8 * 256)[0]
-  write_arrays(
-    tmp_path / 'store', {train_runs.SITE: rows}, rows_per_shard=256,
-    rows_per_block=16, held_out_shards=2,
-  )  # fmt: skip
-  config = studies.write_config(tmp_path / 'study.py', tmp_path / 'store')
+def test_without_slurm_it_says_so(config, tmp_path):
   done = subprocess.run(
     studies.command(config, tmp_path / 's', '--submit=slurm'),
     env=studies.environment() | {'PATH': str(tmp_path)},

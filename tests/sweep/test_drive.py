@@ -302,7 +302,8 @@ def test_what_failed_is_tried_again_together(copy, store, tmp_path):
   record = study.read_job(job.folder)
   record['failed'] = {job.specs[0].id: 'no'}
   study.write_job(job.folder, record)
-  opened(copy.folder, copy.base, studies.POINTS[1:])
+  fewer = opened(copy.folder, copy.base, studies.POINTS[1:])
+  assert len(drive.failures(copy)) == 1 and drive.failures(fewer) == []
 
 
 def test_a_job_that_is_run_by_hand_is_left_alone(copy):
