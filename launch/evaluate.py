@@ -31,7 +31,7 @@ _STORE_PATH = flags.DEFINE_string(
 
 def main() -> None:
   # The language model is read once for all of them.
-  load = load_subject if len(_WORKDIR.value) < 2 else kept(load_subject)
+  load = None if len(_WORKDIR.value) < 2 else kept(load_subject)
   for workdir in _WORKDIR.value:
     result = evaluate(
       workdir,

@@ -59,7 +59,7 @@ def evaluate(
   language_model: bool = True,
   model_path: str = '',
   store_path: str = '',
-  load: Callable[[Config], Subject] = load_subject,
+  load: Callable[[Config], Subject] | None = None,
 ) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run; returns evaluation.json.
 
@@ -71,7 +71,8 @@ def evaluate(
     language_model: False leaves out the figures of the model's loss.
     model_path: the subject model's file, where it has moved.
     store_path: the store's folder, where it has moved.
-    load: reads the subject model; of several evaluations one may keep it.
+    load: reads the subject model, if not `load_subject`: of several evaluations
+      one may keep it.
 
   Raises UserError for a missing run, store or model, for another model than
   the one that was harvested, and for counts below 1. Nothing is written then.
@@ -139,7 +140,7 @@ def open_model(
   manifest: Manifest,
   path: str,
   needed: bool,
-  load: Callable[[Config], Subject] = load_subject,
+  load: Callable[[Config], Subject] | None = None,
 ) -> Subject | None:
   """The subject model of a store, checked by its hashes.
 
@@ -157,7 +158,7 @@ def open_model(
       )
     log.warning('no file %r: the report shows token ids', path)
     return None
-  subject = load(model)
+  subject = (load or load_subject)(model)
   for name in ('weights_sha256', 'tokenizer_sha256'):
     found, expected = getattr(subject, name), manifest.model.get(name)
     if found != expected:
