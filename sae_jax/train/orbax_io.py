@@ -50,6 +50,11 @@ def make_manager(
       async_options=ocp.options.AsyncOptions(
         post_finalization_callback=written
       ),
+      # Several members save at once, and the processes' threads need not come
+      # to the members' barriers in the same order.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        barrier_sync_key_prefix=folder.parent.name
+      ),
     ),
   )
 

@@ -389,6 +389,8 @@ def test_members_in_two_processes_are_those_of_one(tmp_path, store, mesh):
   flags = [
     *flags_of(store), *mesh_flags(data, dict_),
     f'--config.mesh.member={member}', '--config.train.rows=1280',
+    # Ten rounds: the saves of several members are under way at once.
+    '--config.train.save_rows=128',
   ]  # fmt: skip
   job, one = ['jumprelu.py:demo_members', *flags], tmp_path / 'one'
   done = run(one, *job, devices=4)
