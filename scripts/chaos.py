@@ -249,8 +249,7 @@ def state_of(run: Path, step: int) -> State:
   """The state of a checkpoint, on one device."""
   with jax.set_mesh(make_mesh(1, 1)):
     abstract = abstract_state(runs.read_config(run))
-    with checkpoints.Checkpoints(run, 2, 0) as found:
-      return found.restore(step, abstract)[0]
+    return checkpoints.restore(run, step, abstract)[0]
 
 
 if __name__ == '__main__':

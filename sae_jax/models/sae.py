@@ -92,7 +92,7 @@ class SAE(struct.PyTreeNode):
     if self.pre_bias:
       mean = mean + scale * self.b_dec
     return self.replace(
-      b_enc=bias - jnp.einsum('d,fd->f', mean, self.W_enc),
+      b_enc=bias - jnp.einsum('d,fd->f', mean, self.W_enc, precision='highest'),
       W_dec=self.W_dec * (self.norm_out.scale / scale),
       b_dec=self.norm_out.undo(self.b_dec),
       act=self.act.scale(scale),

@@ -113,13 +113,6 @@ class Checkpoints:
     taken, self._timings = self._timings, {}
     return taken
 
-  def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-    """The state, laid out as `abstract` says, and the record.
-
-    Raises Damaged, and UserError when the arrays are not those of `abstract`.
-    """
-    return _restore(self.run_dir, step, abstract)
-
   def restore_newest(
     self, abstract: State
   ) -> tuple[int, State, dict[str, Any]] | None:
@@ -239,41 +232,14 @@ def oldest_position(run_dir: str | Path) -> int:
   return 0
 
 
-def restore_part(run_dir: str | Path, step: int, abstract: dict) -> Any:
-  """Only the sub-trees that `abstract`, a dict of parts of State, names.
-
-  Raises Damaged, and UserError when the arrays are not those of `abstract`.
-  """
-  return _restore(run_dir, step, abstract)[0]
-
-
-def newest(
-  run_dir: str | Path, abstract: Any
-) -> tuple[int, Any, dict[str, Any], dict[int, str]] | None:
-  """(step, arrays, record, {newer step: what is wrong with it}), or None.
-
-  `abstract` is a State, or a dict of parts of one. Raises UserError when
-  there are checkpoints but none is whole.
-  """
-  damaged: dict[int, str] = {}
-  for step in agreed_steps(run_dir)[::-1]:
-    try:
-      return step, *_restore(run_dir, step, abstract), damaged
-    except Damaged as error:
-      damaged[step] = str(error)
-  if damaged:
-    faults = '; '.join(f'step {step}: {why}' for step, why in damaged.items())
-    raise UserError(
-      f'no checkpoint in {folder(run_dir)} is whole ({faults}): put one back '
-      'from a copy, or remove them to start anew'
-    )
-  return None
-
-
-def _restore(
+def restore(
   run_dir: str | Path, step: int, abstract: Any
 ) -> tuple[Any, dict[str, Any]]:
-  """The arrays, compared with the record, and the record."""
+  """The arrays, laid out as `abstract` says, and the record.
+
+  `abstract` is a State, or a dict of parts of one. All processes call this.
+  Raises Damaged, and UserError when the arrays are not those of `abstract`.
+  """
   path, fault, record = folder(run_dir) / str(step), '', {}
   try:
     record = read_meta(run_dir, step)
@@ -309,6 +275,29 @@ def _restore(
     leaves['touched'] = _all_up_to_date(leaves, young)
   tree = jax.tree.structure(abstract).unflatten(leaves[n] for n in names)
   return tree, record
+
+
+def newest(
+  run_dir: str | Path, abstract: Any
+) -> tuple[int, Any, dict[str, Any], dict[int, str]] | None:
+  """(step, arrays, record, {newer step: what is wrong with it}), or None.
+
+  `abstract` is a State, or a dict of parts of one. Raises UserError when
+  there are checkpoints but none is whole.
+  """
+  damaged: dict[int, str] = {}
+  for step in agreed_steps(run_dir)[::-1]:
+    try:
+      return step, *restore(run_dir, step, abstract), damaged
+    except Damaged as error:
+      damaged[step] = str(error)
+  if damaged:
+    faults = '; '.join(f'step {step}: {why}' for step, why in damaged.items())
+    raise UserError(
+      f'no checkpoint in {folder(run_dir)} is whole ({faults}): put one back '
+      'from a copy, or remove them to start anew'
+    )
+  return None
 
 
 def _all_up_to_date(leaves: dict[str, jax.Array], like: Any) -> jax.Array:

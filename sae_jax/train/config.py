@@ -106,8 +106,8 @@ def base_config() -> Config:
   c.train.compute_dtype = 'float32'  # or 'bfloat16': factors of the products
   c.train.codes = 'auto'  # or 'sparse', 'dense': which rule a step follows
   c.train.budget = 0  # jumprelu, batchtopk: candidates a row that sparse codes
-  # have room for, on the mean; 0: four times the L0 aimed at. A batch with more
-  # is done densely.
+  # have room for, on the mean of a chunk of rows on a device; 0: four times the
+  # L0 aimed at. A batch with a chunk that has more is done densely.
   c.train.log_rows = 50_000  # between metrics
   c.train.eval_rows = 0  # between evaluations on held-out rows, 0 for none
   c.train.eval_size = 8192  # held-out rows of such an evaluation

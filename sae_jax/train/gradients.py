@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.models import objectives
+from sae_jax.models import candidates, objectives
 from sae_jax.models.objectives import Penalty, Terms
 from sae_jax.models.sae import SAE, Norm
 from sae_jax.parallel.mesh import (
@@ -65,13 +65,8 @@ def gradients(
     loss, terms, grads = sparse.mean_of_parts(part, x, micro_batches)
     if jax.sharding.get_abstract_mesh().empty:
       return loss, terms, grads
-    terms = jax.tree.map(over_rows, terms)
+    terms = jax.tree.map(_over_rows, terms)
     return loss, terms, jax.tree.map(reduce, grads)
-
-  def over_rows(a):
-    if a.dtype == bool:
-      return jax.lax.psum(a.astype(jnp.int32), DATA) > 0
-    return jax.lax.pmean(a, DATA) if DATA in varying(a) else a
 
   def reduce(g):
     if scatter and DICT in varying(g):
@@ -82,3 +77,33 @@ def gradients(
     return local(params, norm, x, penalties, dead, ramp)
   specs = P(), sparse.TERMS, latent_specs(params, scatter)
   return on_each_device(local, specs)(params, norm, x, penalties, dead, ramp)
+
+
+def held_out_terms(s: SAE, x: jax.Array) -> Terms:
+  """What an SAE in use makes of raw rows x [B@data, D]; means over all rows.
+
+  In chunks of rows: no [B, F] exists.
+  """
+
+  def local(s, x):
+    def part(x):
+      n, none = s.norm_in(x), jnp.zeros((), bool)
+      return objectives.loss(
+        s, n, n, (), dead=none, ramp=jnp.float32(1), training=False
+      )[1]
+
+    parts = candidates.chunks(len(x), len(s.b_enc))
+    return jax.tree.map(_over_rows, sparse.mean_of_parts(part, x, parts))
+
+  if jax.sharding.get_abstract_mesh().empty:
+    return local(s, x)
+  return on_each_device(local, sparse.TERMS)(s, x)
+
+
+def _over_rows(a: jax.Array) -> jax.Array:
+  """A mean, or any, over this device's rows as one over those of all."""
+  if DATA not in varying(a):
+    return a
+  if a.dtype == bool:
+    return jax.lax.psum(a.astype(jnp.int32), DATA) > 0
+  return jax.lax.pmean(a, DATA)

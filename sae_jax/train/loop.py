@@ -124,19 +124,20 @@ def _run(
     rounds.opened(job.members, c.keep, every(c.keep_rows)) as checkpoints,
     processes.dies_with_its_job(),
   ):
-    states, start, position = restore_or_init(
+    states, start, records = restore_or_init(
       config, source, checkpoints, fingerprint, job
     )
+    position = records[0].get('position', 0)
     if start > last:
       raise UserError(
         f'--workdir={folder} is at {start * c.batch_rows} rows already: give '
         f'--config.train.rows={start * c.batch_rows} or more'
       )
     skips = [
-      skipping.restore(
-        m.folder, start, c.max_skipped, f'member {m.name}: ' if m.name else ''
+      skipping.restored(
+        record, start, c.max_skipped, f'member {m.name}: ' if m.name else ''
       )
-      for m in job.members
+      for m, record in zip(job.members, records, strict=True)
     ]
     if stretch:
       position = skipping.jump(skips, position, stretch)
@@ -261,8 +262,8 @@ def restore_or_init(
   checkpoints: list[Checkpoints],
   fingerprint: str,
   job: Job,
-) -> tuple[States, int, int]:
-  """(states, step, data position in rows) to go on from."""
+) -> tuple[States, int, list[dict[str, Any]]]:
+  """(states, step, each member's record, {} of a new run) to go on from."""
   found = rounds.restore_newest(checkpoints, job)
   if found is not None:
     step, states, records = found
@@ -273,9 +274,9 @@ def restore_or_init(
         f'the store {config.store.path} is not the one this run was started '
         'on: give the old one, or take another --workdir'
       )
-    position = records[0]['position']
-    logging.info('going on from step %d (%d rows)', step, position)
-    return states, step, position
+    rows = records[0]['position']
+    logging.info('going on from step %d (%d rows)', step, rows)
+    return states, step, records
   mean, centred, raw = reader.normalizer(source.root, source.site.name)
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
@@ -283,7 +284,7 @@ def restore_or_init(
   states = job.join(initial(m, mean, scale) for m in job.members)
   for i, one in enumerate(checkpoints):
     one.prepare(job.part(states, i))
-  return states, 0, 0
+  return states, 0, [{} for _ in job.members]
 
 
 def _read(

@@ -73,7 +73,7 @@ def remove_parallel(grads: SAE, sae: SAE) -> SAE:
   (arXiv 2408.05147, section 3).
   """
   g, W = grads.W_dec, sae.W_dec
-  along = jnp.einsum('fe,fe->f', g, W)
+  along = jnp.einsum('fe,fe->f', g, W, precision='highest')
   return grads.replace(W_dec=g - along[:, None] * W)
 
 

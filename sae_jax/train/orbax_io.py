@@ -24,6 +24,8 @@ from sae_jax.train import integrity
 # Bytes that are read and written as one: a reader on another mesh takes little
 # more than its own rows, and nobody holds a whole array in host memory.
 _PIECE = 2**25
+# Seconds that a write may take. A process that is gone is noticed otherwise.
+_DAY = 24 * 3600
 
 
 def make_manager(
@@ -44,11 +46,14 @@ def make_manager(
     handler_registry=registry,
     options=ocp.CheckpointManagerOptions(
       cleanup_tmp_directories=True,  # of killed runs: the folder is locked
+      single_host_load_and_broadcast=True,  # network disks: one view for all
       preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
         policies
       ),
       async_options=ocp.options.AsyncOptions(
-        post_finalization_callback=written
+        timeout_secs=_DAY,
+        barrier_sync_fn=_barrier,
+        post_finalization_callback=written,
       ),
       # Several members save at once, and the processes' threads need not come
       # to the members' barriers in the same order.
@@ -81,7 +86,18 @@ def start_save(
   finally:
     # Started before the donation, but after the save: on CPU they would take
     # the cores from what the loop is waiting for.
-    sums.set_result(integrity.sums(leaves))
+    try:
+      sums.set_result(integrity.sums(leaves))
+    except BaseException as error:  # whoever waits for them must hear of it
+      sums.set_exception(error)
+      raise
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+  """Waits for the other processes, unless this one's save has failed: Orbax
+  calls it on the way out, and there the others may never come."""
+  if sys.exc_info()[1] is None:
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def is_finished(path: Path) -> bool:

@@ -14,11 +14,12 @@ from sae_jax.parallel import processes
 from sae_jax.train import perf
 from sae_jax.train.members import Member
 from sae_jax.train.skipping import Skips
-from sae_jax.train.state import steps_of
+from sae_jax.train.state import candidates, steps_of
 from sae_jax.train.step import Metrics
 from sae_jax.train.writer import Writer
 
 _QUIET_SECONDS = 10  # between lines on a log that is not a terminal
+_DENSE = 1000  # updates in a row that outgrow sparse codes: worth a word
 
 
 class Progress:
@@ -44,6 +45,7 @@ class Progress:
       for member in members
       if first
     ]
+    self._members, self._dense = members, [0] * len(members)
     self._speed = Speed([member.config for member in members], config)
     self._spoken = -math.inf
     self._bar = tqdm(
@@ -68,6 +70,7 @@ class Progress:
     ]
     for values, skips in zip(found, self._skips, strict=True):
       _check(step, values, skips, position)
+    self._warn_of_dense(found)
     self._bar.update(self._batch)
     if step % self._every and step not in (1, self._last):
       return
@@ -83,6 +86,22 @@ class Progress:
     if self._writers:
       for writer, values in zip(self._writers, found, strict=True):
         writer.write(step, step * self._batch, values)
+
+  def _warn_of_dense(self, found: list[dict[str, float]]) -> None:
+    """A word to who pays for the search and the dense rule at every step."""
+    for i, (member, values) in enumerate(
+      zip(self._members, found, strict=True)
+    ):
+      tried = member.config.act.name == 'jumprelu' and candidates(member.config)
+      over = tried and values['train/dense']
+      self._dense[i] = self._dense[i] + 1 if over else 0
+      if self._dense[i] == _DENSE:
+        logging.warning(
+          '%s%d updates in a row had more candidates than sparse codes hold '
+          '(mean L0 %.4g, room for %d a row): give --config.train.codes=dense, '
+          'or a larger --config.train.budget',
+          self._skips[i].who, _DENSE, values['train/l0'], tried,
+        )  # fmt: skip
 
   def _show(self, step: int, found: list[dict[str, float]]) -> None:
     """Of several members their means."""

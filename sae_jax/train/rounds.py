@@ -68,7 +68,7 @@ def restore_newest(
   for step in sorted(set.intersection(*map(set, kept)), reverse=True):
     records: list[dict[str, Any]] = []
     try:
-      states = job.join(_restored(every, job, step, records))
+      states = job.join(_restored(job, step, records))
     except Damaged as error:
       damaged[step, folders[len(records)]] = str(error)
       continue
@@ -98,11 +98,12 @@ def restore_newest(
 
 
 def _restored(
-  every: list[Checkpoints], job: Job, step: int, records: list[dict[str, Any]]
+  job: Job, step: int, records: list[dict[str, Any]]
 ) -> Iterator[State]:
   """The members' states, one after the other; their records into the list."""
-  for checkpoints, member in zip(every, job.members, strict=True):
-    state, record = checkpoints.restore(step, abstract_state(member.config))
+  for member in job.members:
+    abstract = abstract_state(member.config)
+    state, record = files.restore(member.folder, step, abstract)
     records.append(record)
     yield state
 

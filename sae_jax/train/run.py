@@ -30,7 +30,7 @@ _FREE = (
 # values live on in the state: no running state fits other values.
 _FIXED = (
   'seed', 'store.', 'sae.', 'act.', 'train.batch_rows', 'optim.ema', 'optim.b1',
-  'members', 'name',
+  'optim.b2', 'members', 'name',
 )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def load(run_dir: str | Path, step: int | None = None) -> SAE:
   abstract: State = abstract_state(config)
   wanted = {'sae': abstract.sae, 'ema': abstract.ema}
   if step is not None:
-    state = checkpoints.restore_part(folder, step, wanted)
+    state, _ = checkpoints.restore(folder, step, wanted)
   else:
     newest: Any = checkpoints.newest(folder, wanted)
     used, state, _, damaged = newest

@@ -97,18 +97,17 @@ def jump(every: Sequence[Skips], position: int, stretch: BadStretch) -> int:
   return stretch.position
 
 
-def restore(run_dir: Path, step: int, most: int, who: str = '') -> Skips:
-  """What the checkpoint of `step` says, if there is one."""
-  if step not in checkpoints.kept_steps(run_dir):
-    return Skips(who, most, step)
-  meta = checkpoints.read_meta(run_dir, step)
+def restored(
+  record: Mapping[str, Any], step: int, most: int, who: str = ''
+) -> Skips:
+  """What the record of a checkpoint says, {} without one."""
   return Skips(
     who,
     most,
     step,
-    meta.get('skipped', 0),
-    meta.get('skipped_in_a_row', 0),
-    meta.get('jumps', []),
+    record.get('skipped', 0),
+    record.get('skipped_in_a_row', 0),
+    record.get('jumps', []),
   )
 
 

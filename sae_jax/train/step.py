@@ -12,7 +12,7 @@ from sae_jax.models import activations, objectives
 from sae_jax.parallel.mesh import split_latents
 from sae_jax.train import optim
 from sae_jax.train import touched as touch
-from sae_jax.train.gradients import gradients
+from sae_jax.train.gradients import gradients, held_out_terms
 from sae_jax.train.state import (
   State,
   candidates,
@@ -85,8 +85,9 @@ def make_update(
     act = activations.update(after.act, terms.seen, t)  # t: no bias
     after = after.replace(act=_keep(good, act, after.act))
     ema = state.ema
-    if ema is not None:  # first step: the weights themselves, so no bias
-      t = jnp.minimum(decay, state.step / (state.step + 1.0))
+    if ema is not None:  # first update: the weights themselves, so no bias
+      made = optax.tree.get(state.opt, 'count')
+      t = jnp.minimum(decay, made / (made + 1.0))
       mean = jax.tree.map(lambda a, b: t * a + (1 - t) * b, ema, after)
       ema = _keep(good, mean, ema)
 
@@ -205,9 +206,5 @@ def _in_rows(
 @jax.jit
 def evaluate(state: State, x: jax.Array) -> Metrics:
   """Scalar metrics of the SAE on held-out raw rows x [B@data, D]."""
-  s = final_sae(state.sae, state.ema)
-  n, none = s.norm_in(x), jnp.zeros((), bool)
-  _, terms = objectives.loss(
-    s, n, n, (), dead=none, ramp=jnp.float32(1), training=False
-  )
+  terms = held_out_terms(final_sae(state.sae, state.ema), x)
   return {'eval/fvu': terms.fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}

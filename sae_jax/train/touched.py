@@ -141,17 +141,18 @@ def _pad_to(a, like):
 def _after_sums(out, rows: Rows, adam: Adam) -> After:
   loss, terms, sums = out
   e, largest = sums.entries, lambda a: jnp.abs(a).max()
-  # No sum of gradients exceeds this: known before the first row changes.
-  bound = jnp.abs(e.f).sum() * largest(sums.g)
-  bound += jnp.abs(e.dz).sum() * largest(sums.n)
-  good = _finite(loss, bound, sums.small)
+  # No norm of summed gradients exceeds this: known before the first row
+  # changes. Its square must be a number too: it goes into the moments.
+  bound = jnp.abs(e.f).sum() * largest(sums.g) * sums.g.shape[1] ** 0.5
+  bound += jnp.abs(e.dz).sum() * largest(sums.n) * sums.n.shape[1] ** 0.5
+  good = _finite(loss, _squares([bound, sums.small]))
   return _after(loss, terms, sums.small, *update(rows, sums, adam, good), good)
 
 
 def _after_arrays(loss, terms, grads: SAE, rows: Rows, adam: Adam) -> After:
   """The same with all gradients as arrays."""
   small: Any = grads.replace(W_enc=None, W_dec=None)
-  good = _finite(loss, grads)
+  good = _finite(loss, _squares(grads))
   after = update_all(rows, grads.W_enc, grads.W_dec, adam, good)
   return _after(loss, terms, small, *after, good)
 
@@ -164,6 +165,10 @@ def _after(loss, terms, small, rows: Rows, squares, good) -> After:
   norm = jnp.sqrt(sum_latents(vary(squares, DICT)))
   norm = jnp.where(good, norm, jnp.nan)
   return After(loss, terms, small, rows, norm, good)
+
+
+def _squares(tree) -> list[jax.Array]:
+  return [jnp.square(a).sum() for a in jax.tree.leaves(tree)]
 
 
 def _finite(*tree) -> jax.Array:

@@ -234,7 +234,7 @@ def arrays(workdir):
   config = runs.read_config(workdir)
   config.mesh.data = config.mesh.dict = 1
   with jax.set_mesh(make_mesh(1, 1)):
-    with checkpoints.Checkpoints(workdir, 2, 0) as manager:
-      assert manager.latest() == STEPS
-      found, _ = manager.restore(STEPS, state.abstract_state(config))
+    assert checkpoints.find_step(workdir) == STEPS
+    abstract = state.abstract_state(config)
+    found, _ = checkpoints.restore(workdir, STEPS, abstract)
   return jax.device_get(jax.tree.leaves(found))

@@ -40,9 +40,11 @@ def _state(workdir):
   """Every array of the last checkpoint: SAE, optimiser, counters."""
   config = runs.read_config(workdir)
   with jax.set_mesh(make_mesh(1, 1)):
-    with checkpoints.Checkpoints(workdir, 2, 0) as manager:
-      abstract = state.abstract_state(config)
-      found, meta = manager.restore(manager.latest(), abstract)
+    step, abstract = (
+      checkpoints.find_step(workdir),
+      state.abstract_state(config),
+    )
+    found, meta = checkpoints.restore(workdir, step, abstract)
   assert meta['position'] == config.train.rows
   return jax.device_get(jax.tree.leaves(found))
 
@@ -176,7 +178,7 @@ def test_load_gives_raw_units_and_the_newest_checkpoint(tmp_path, store):
   error = ((x - s.decode(f)) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
   assert error < 0.8
   parts = {'ema': state.abstract_state(runs.read_config(tmp_path)).ema}
-  ema = checkpoints.restore_part(tmp_path, 40, parts)['ema']
+  ema = checkpoints.restore(tmp_path, 40, parts)[0]['ema']
   np.testing.assert_array_equal(s.W_enc, ema.W_enc)
   early = sae_jax.load(tmp_path, step=30)
   assert not np.array_equal(early.W_dec, s.W_dec)

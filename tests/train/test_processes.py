@@ -49,8 +49,8 @@ def arrays(workdir, step=None):
   step = checkpoints.find_step(workdir, step)
   with jax.set_mesh(make_mesh(1, 1)):
     abstract = state.abstract_state(runs.read_config(workdir))
-    with checkpoints.Checkpoints(workdir, 9, 0) as found:
-      return jax.device_get(jax.tree.leaves(found.restore(step, abstract)[0]))
+    found, _ = checkpoints.restore(workdir, step, abstract)
+  return jax.device_get(jax.tree.leaves(found))
 
 
 def close(a, b, **tolerance):

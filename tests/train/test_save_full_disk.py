@@ -2,15 +2,18 @@
 
 import os
 import shlex
+import socket
 import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from test_state_memory import small_config, start
 from train_runs import ROOT, command, overrides, run
 
 import sae_jax
-from sae_jax.train import checkpoints
+from sae_jax.train import checkpoints, integrity
 
 # 0.14 MB a save; at a constant rate, half a run is the first half of it.
 CONFIG = 'topk.py:demo'
@@ -85,6 +88,73 @@ def test_files_that_may_not_be_so_large(tmp_path, store):
   assert not contents(tmp_path / 'checkpoints')
   done = run(tmp_path, CONFIG, *flags)
   assert done.returncode == 0, done.stderr
+
+
+CHILD = """
+import os, sys, jax
+coordinator, process, folder, who = sys.argv[1:]
+jax.distributed.initialize(coordinator, 2, int(process))
+from sae_jax.errors import UserError
+from sae_jax.train import orbax_io
+from sae_jax.train.checkpoints import Checkpoints
+from test_state_memory import small_config, start
+from sae_jax.parallel.mesh import make_mesh
+async def refuse(*_): raise OSError(28, 'No space left on device')
+try:
+  with jax.set_mesh(make_mesh(1, 2)), Checkpoints(folder, 9, 0) as manager:
+    state = start(small_config())
+    manager.save(1, state, {'position': 1})
+    manager.wait()
+    if process == who:
+      orbax_io._RecordHandler._write = refuse
+    manager.save(2, state, {'position': 2})
+    manager.wait()
+except UserError as error:  # at Python's own end JAX waits for the others
+  print(error, file=sys.stderr)
+  os._exit(2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', [0, 1])
+def test_a_disk_that_refuses_one_process_of_a_job(tmp_path, who):
+  """It says so at once: the barriers on its way out are not waited for."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    coordinator = f'localhost:{s.getsockname()[1]}'
+  env = os.environ | {
+    'PYTHONPATH': f'{ROOT}:{ROOT / "tests" / "train"}',
+    'JAX_NUM_CPU_DEVICES': '1',
+  }
+  children = [
+    subprocess.Popen(
+      [sys.executable, '-c', CHILD, coordinator, str(i), tmp_path, str(who)],
+      env=env, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  try:
+    stderr = children[who].communicate(timeout=60)[1]
+    assert children[who].returncode == 2, stderr
+    assert 'step 2 could not be written' in stderr
+    assert checkpoints.kept_steps(tmp_path) == [1]
+  finally:
+    for child in children:
+      child.kill()
+
+
+def test_sums_that_cannot_be_made_keep_nobody_waiting(tmp_path, monkeypatch):
+  def fail(leaves):
+    raise RuntimeError('RESOURCE_EXHAUSTED: no memory for them')
+
+  state = start(small_config())
+  with pytest.raises(RuntimeError, match='no memory for them'):
+    with checkpoints.Checkpoints(tmp_path, 2, 0) as manager:
+      manager.save(1, state, {'position': 1})
+      manager.wait()
+      monkeypatch.setattr(integrity, 'sums', fail)
+      manager.save(2, state, {'position': 2})
+  assert checkpoints.kept_steps(tmp_path) == [1]
 
 
 def refused(done, *words):

@@ -85,8 +85,12 @@ def test_more_candidates_than_fit_take_the_dense_rule(mesh):
 
 @pytest.mark.parametrize(
   'name, value',
-  [('topk_aux', np.nan), ('jumprelu', np.inf), ('batchtopk', np.nan)],
-)
+  # 1e12: the loss and each gradient are numbers, the gradients' squares not.
+  [
+    ('topk_aux', np.nan), ('jumprelu', np.inf), ('batchtopk', np.nan),
+    ('topk', 1e12), ('jumprelu', 1e12),
+  ],
+)  # fmt: skip
 def test_nothing_changes_where_a_row_is_not_finite(mesh, name, value):
   config = _case(name, 'sparse', mesh.axis_sizes)
   s = jax.jit(lambda norm: state.init_state(config, norm))(_norm())

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax.models import activations, objectives
+from sae_jax.models import activations, candidates, objectives
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DATA, DICT, make_mesh, spec
 from sae_jax.train import optim, state, step
@@ -274,3 +274,28 @@ def test_running_mean_of_the_weights_has_no_bias():
   s, _ = step_fn(s, jnp.asarray(_rows(seed=1)))
   mean = (before + np.asarray(s.sae.W_enc)) / 2
   np.testing.assert_allclose(s.ema.W_enc, mean, atol=1e-6)
+
+
+def test_the_running_mean_starts_at_the_first_update_that_is_made():
+  config = _config('topk_adam')
+  s = jax.jit(lambda norm: state.init_state(config, norm))(_norm())
+  step_fn, bad = step.make_step(config), _rows()
+  bad[0] = np.nan
+  for x in (bad, _rows()):
+    s, _ = step_fn(s, jnp.asarray(x))
+  np.testing.assert_array_equal(s.ema.W_enc, s.sae.W_enc)
+
+
+@pytest.mark.parametrize('name', ['topk', 'jumprelu', 'batchtopk'])
+def test_evaluation_in_chunks_is_that_of_all_rows(mesh, name, monkeypatch):
+  config = _config(name)
+  s = jax.jit(lambda norm: state.init_state(config, norm))(_norm())
+  x = jax.device_put(_rows(512, seed=5), spec(DATA, None))
+  evaluate = step.evaluate.__wrapped__
+  whole = jax.jit(evaluate)(s, x)
+  monkeypatch.setattr(candidates, '_CHUNK_BYTES', {'default': 64 * 4 * F})
+  compiled = jax.jit(lambda s, x: evaluate(s, x)).lower(s, x).compile()
+  assert mesh.size > 1 or f'f32[512,{F}]' not in compiled.as_text()
+  found = compiled(s, x)
+  for key, value in whole.items():
+    assert found[key] == pytest.approx(float(value), rel=1e-5), key
