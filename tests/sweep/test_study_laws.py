@@ -353,6 +353,15 @@ def test_recommendation_and_prediction_beyond_the_grid():
   assert advice['predicted'] == pytest.approx(true.min(), rel=0.1)
 
 
+def test_advice_has_the_warnings_of_its_laws():
+  [one] = found_of(*study(rows=2**18), predict_latents=65536)['predictions']
+  assert any('not converged' in warning for warning in one['warnings'])
+  found = found_of(*study(widths=WIDTHS[3:]), budget_flops=1e14)
+  [edges] = fits_of(found)['N_opt(C)|k=32']['warnings']
+  [advice] = found['recommendation']
+  assert advice['warnings'].count(edges) == 1
+
+
 def test_rounding():
   assert rounded(3000, 0) == 4096 and rounded(2800, 0) == 2048
   assert rounded(3000, 768) == 3072 and rounded(100, 768) == 768
