@@ -30,12 +30,20 @@ FLOPS = ('published', 'executed')
 _CONVERGED = 0.02
 _CURVE = 80  # points of a drawn law
 _TARGETS = 5  # losses whose cost is listed, for each slice
+_NO_NOISE = (
+  'the noise of single runs is not known, and intervals would be too narrow: '
+  'add a width, so that L(N) is fitted, or repeat points with other seeds'
+)
+
+
+class NoLaw(UserError):
+  """No law at all can be fitted to a study."""
 
 
 def study_laws(
   points: list[Point], marks: list[Mark], settings: Settings
 ) -> dict:
-  """The dict of laws.json; raises UserError if no law at all can be fitted."""
+  """The dict of laws.json. Raises UserError for bad settings, or NoLaw."""
   _check(settings)
   kept, left_out = usable(points, settings.metric)
   noise = seed_noise(kept, settings.metric)
@@ -50,7 +58,7 @@ def study_laws(
   entries += [m.entry for m in joint]
   if not any(entry['params'] for entry in entries):
     why = entries[0]['why'] if entries else 'no point can be used'
-    raise UserError(
+    raise NoLaw(
       f'no law can be fitted: {why}'
       + (f'; {left_out}' if left_out else '')
       + ': run more points of the study'

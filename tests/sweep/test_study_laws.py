@@ -412,7 +412,12 @@ def _program(monkeypatch, points, marks, *args):
   monkeypatch.setattr(
     study_folder, 'read_study', lambda _: {'config': {'store': store}}
   )
-  monkeypatch.setattr(report, 'write', lambda folder, *_: folder / 'study.html')
+
+  def write(folder, *shown):
+    (folder / 'study.html').write_text(str(shown[-1]))
+    return folder / 'study.html'
+
+  monkeypatch.setattr(report, 'write', write)
   with program('launch/fit_laws.py') as module:
     flags.FLAGS(['fit_laws', *args])
     module.main()
@@ -434,6 +439,17 @@ def test_the_program(monkeypatch, tmp_path, capsys):
   assert 'NaN' not in text and 'Infinity' not in text
   _program(monkeypatch, points, marks, *args)  # and the same again
   assert (tmp_path / 'laws.json').read_text() == text
+  page = (tmp_path / 'study.html').read_text()
+  for bad in ('--metric=fuv', '--level=90'):  # they leave what was good
+    with pytest.raises(UserError, match=bad):
+      _program(monkeypatch, points, marks, *args, bad)
+    assert (tmp_path / 'laws.json').read_text() == text
+    assert (tmp_path / 'study.html').read_text() == page
+  with pytest.raises(UserError, match='no law can be fitted'):
+    _program(monkeypatch, points, marks, *args, '--metric=delta_loss')
+  shown = "{'metric': 'delta_loss', 'flops': 'published'}"
+  assert (tmp_path / 'study.html').read_text() == shown
+  assert not (tmp_path / 'laws.json').exists()
 
 
 def test_decay_is_read_from_the_runs(monkeypatch, tmp_path):
