@@ -168,9 +168,10 @@ def _made(
     },
     'exponent': laws.exponent(found)._asdict(),
     'rms_log_error': found.rms,
-    'held_out': _held_out(law, x, y, options, errors),
     'verdict': 'undetermined' if why else 'ok', 'why': why,
   }  # fmt: skip
+  if quantity != 'compute':  # points of an envelope share their curves
+    entry['held_out'] = _held_out(law, x, y, options)
   ends = x[0, 0], max(FAR * x[-1, 0], settings.predict_latents)
   if entry['x'] == 'flops':
     ends = x[0, 0], max(FAR * x[-1, 0], settings.budget_flops)
@@ -193,17 +194,15 @@ def _curve(found: Fit, *x: np.ndarray) -> dict:
   }
 
 
-def _held_out(law: Law, x, y, options, errors) -> dict | None:
-  """The largest width (compute) as a fit without it predicts it.
+def _held_out(law: Law, x, y, options) -> dict | None:
+  """The largest width as a fit without it predicts it.
 
   The interval is that of a measurement. Of the joint law: the worst k.
   """
   rest = x[:, 0] < x[:, 0].max()
   if laws.missing(law, x[rest]):
     return None
-  if errors is not None:
-    errors = errors[:, rest]
-  found = laws.fit(law, x[rest], y[rest], errors=errors, **options)
+  found = laws.fit(law, x[rest], y[rest], **options)
   at, index = np.unique(x[~rest], axis=0, return_inverse=True)
   log_y = np.log(y[~rest])
   lines = []

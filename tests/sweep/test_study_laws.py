@@ -328,6 +328,9 @@ def test_held_out_prediction():
   odd = [p._replace(fvu=2 * p.fvu) if p.latents == 32768 else p for p in points]
   held = fits_of(found_of(odd, marks))['L(N)|k=32']['held_out']
   assert held['predicted'] == pytest.approx(held['measured'] / 2)
+  # Points of an envelope share runs with their neighbours.
+  for name in ('L(C)', 'N_opt(C)', 'rows_opt(C)'):
+    assert fits_of(found_of(points, marks))[f'{name}|k=32']['held_out'] is None
 
 
 def test_recommendation_and_prediction_beyond_the_grid():
