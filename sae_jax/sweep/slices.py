@@ -14,19 +14,19 @@ import numpy as np
 
 from sae_jax.scaling.envelope import Curve, curve, vertex
 from sae_jax.sweep.tables import Mark, Point
+from sae_jax.train.run import trajectory
 
 METRICS = ('fvu', 'mse', 'delta_loss')
 # Keys of `changes` that make another problem of it, not another setting.
 _PROBLEM = (
   'store.path', 'store.site', 'sae.d_in', 'sae.center', 'sae.pre_bias',
 )  # fmt: skip
-# Keys that the columns of a point already say, or that do not matter.
+# Keys that the columns of a point already say.
 _KNOWN = (
   'sae.latents', 'act.name', 'act.k', 'loss.target_l0', 'loss.l0_coef',
   'optim.lr', 'optim.lr_width', 'seed', 'store.seed', 'train.rows',
-  'train.batch_rows', 'members',
+  'train.batch_rows',
 )  # fmt: skip
-_IDLE = ('mesh.', 'distributed.', 'train.')
 # An L0 further from the one aimed at is another slice's, in truth.
 _L0_OFF = 0.1
 
@@ -185,10 +185,18 @@ def _setting(point: Point) -> str:
   changes = json.loads(point.changes or '{}')
   rest = {
     key: value
-    for key, value in changes.items()
-    if key not in _KNOWN + _PROBLEM and not key.startswith(_IDLE)
+    for key, value in trajectory(changes).items()
+    if key not in _KNOWN + _PROBLEM
   }
-  return _key([point.lr, point.batch_rows, point.l0_coef, rest])
+  # A coefficient found for an L0 follows from that, and differs between seeds.
+  given = (
+    point.activation != 'jumprelu'
+    or point.k is None
+    or point.stage == 'trial'
+    or 'loss.target_l0' in changes
+  )
+  l0_coef = point.l0_coef if given else None
+  return _key([point.lr, point.batch_rows, l0_coef, rest])
 
 
 def _key(value: object) -> str:
