@@ -131,10 +131,10 @@ def best_lrs(
   The vertex of the parabola in log lr through the best rate and its neighbours,
   among runs equal in all but lr and seed.
   """
-  found, said = [], []
+  found, said, short = [], [], []
   widths = _grouped(tried, lambda p: p.latents)
   for latents in sorted(widths):
-    rates = _rates(widths[latents], metric)
+    rates, rows = _rates(widths[latents], metric)
     at = f'at {latents:,} latents'
     if len(rates) < 2:  # it was not looked for at this width
       continue
@@ -157,18 +157,40 @@ def best_lrs(
     found.append(
       (latents, float(np.exp(vertex(log_lr[near], log_loss[near])[0])))
     )
+    longest = max(
+      (p.rows for p in widths[latents] if p.stage != 'trial'), default=rows
+    )
+    if rows < longest:
+      short.append((rows, longest, latents))
+  if short:
+    rows, longest, latents = min(short, key=lambda s: s[0] / s[1])
+    said.append(
+      f'at {len(short)} of {len(found)} widths learning rates were compared on '
+      f'fewer rows than the longest runs have ({rows:,} of {longest:,} at '
+      f'{latents:,} latents): the best rate of those may be another'
+    )
   return found, said
 
 
-def _rates(points: list[Point], metric: str) -> dict[float, float]:
-  """{log lr: mean log loss} of the runs with the most learning rates."""
-  groups = _grouped(points, lambda p: (p.rows, _setting(p._replace(lr=0.0))))
-  best: dict[float, float] = {}
-  for _, group in sorted(groups.items(), key=lambda g: g[0][0], reverse=True):
+def _rates(points: list[Point], metric: str) -> tuple[dict[float, float], int]:
+  """{log lr: mean log loss} of runs equal in all else, and their rows: of the
+  longest that have an optimum, then of those nearest to the L0 aimed at."""
+
+  def losses(group: list[Point]) -> dict[float, float]:
     rates = _grouped(group, lambda p: math.log(p.lr))
-    if len(rates) > len(best):
-      best = {lr: _log_loss(same, metric) for lr, same in rates.items()}
-  return best
+    return {lr: _log_loss(same, metric) for lr, same in rates.items()}
+
+  def worth(group: list[Point]) -> tuple:
+    rates = losses(group)
+    # Of many rates Halving goes on with three: the best may be at their edge.
+    edge = min(rates, key=lambda r: rates[r]) in (min(rates), max(rates))
+    off = [abs(math.log(p.l0 / p.k)) for p in group if p.l0 and p.k]
+    enough = min(len(rates), 3)
+    return not edge, enough, group[0].rows, len(rates), -np.mean(off or [0.0])
+
+  groups = _grouped(points, lambda p: (p.rows, _setting(p._replace(lr=0.0))))
+  group = max(groups.values(), key=worth)
+  return losses(group), group[0].rows
 
 
 def where_is(point: Point) -> dict:

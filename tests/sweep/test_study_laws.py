@@ -263,9 +263,30 @@ def test_learning_rates():
   assert fit['params']['p']['value'] == pytest.approx(-0.4, abs=1e-6)
   assert fit['params']['a']['value'] == pytest.approx(0.03, rel=1e-6)
   assert len(fits_of(found)['L(N)|k=32']['points']) == 5  # trials are not in it
+  said = (
+    'at 5 of 7 widths learning rates were compared on fewer rows than the '
+    'longest runs have (1,048,576 of 33,554,432 at 512 latents)'
+  )
+  assert fit['warnings'][0].startswith(said)
   [advice] = found['recommendation']
   expected = 0.03 * advice['latents'] ** -0.4
   assert advice['lr'] == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rates_of_the_longest_runs_that_tell():
+  tried = [
+    point(512, lr=lr, loss=0.2 + abs(np.log(lr / best)), rows=rows)
+    for best, rows, lrs in (
+      (1e-3, 2**20, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+      (2e-3, 2**22, (1e-3, 2e-3, 4e-3)),
+      (3e-3, 2**23, (1e-3, 2e-3, 3e-3)),
+      (3e-3, 2**24, (2e-3, 3e-3)),
+    )
+    for lr in lrs
+  ]
+  [(_, lr)], said = slices.best_lrs(tried, 'fvu')
+  assert lr == pytest.approx(2e-3)
+  assert '(4,194,304 of 16,777,216 at 512 latents)' in said[0]
 
 
 def test_an_optimum_at_the_edge_is_no_optimum():
