@@ -12,10 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from sae_jax import cli
-from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
 from sae_jax.sweep import laws_text, report, study, tables
-from sae_jax.sweep.study_laws import Settings, study_laws
+from sae_jax.sweep.study_laws import NoLaw, Settings, study_laws
 from sae_jax.train.run import run_folder
 
 _STUDY = flags.DEFINE_string('study', None, 'Folder of the study.')
@@ -53,9 +52,11 @@ def main() -> None:
   )  # fmt: skip
   try:
     found = study_laws(points, marks, settings)
-  except UserError:  # the points are worth a page without laws, too
+  except NoLaw:  # the points are worth a page without laws, too
+    (folder / 'laws.json').unlink(missing_ok=True)  # it was of another page
     if points:
-      report.write(folder, title(folder), points, marks, {})
+      shown = {'metric': settings.metric, 'flops': settings.flops}
+      report.write(folder, title(folder), points, marks, shown)
     raise
   data = json.dumps(found, indent=2, allow_nan=False) + '\n'
   write_atomic(folder / 'laws.json', data)

@@ -102,7 +102,7 @@ def drawn(case: str, noise: float, seed: list[int]):
     loss *= np.exp(noise * rng.standard_normal())
     one = envelope.curve(int(n), 12 * 64 * n * rows, loss, rows, rows)
     curves += [one] if one else []
-  best = envelope.thinned(envelope.optima(curves), len(curves))
+  best = envelope.thinned(envelope.optima(curves), curves)
   ends = [(c.latents, c.loss[-1]) for c in curves]
   x, y = np.array(ends, float).T
   scales = laws.fit(IRREDUCIBLE, x[:, None], y).scales

@@ -4,7 +4,7 @@ With a constant learning rate every point of a curve is a run that could have
 ended there; docs/math.md, "Scaling laws", says when it is not so.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ class Curve(NamedTuple):
   loss: np.ndarray  # [m]
   rows: np.ndarray  # [m]
   seconds: np.ndarray  # [m]
+  seed: int = 0  # runs of equal width and seed are one, of several lengths
 
 
 class Optimum(NamedTuple):
@@ -49,6 +50,7 @@ def curve(
   loss: Sequence[float] | np.ndarray,
   rows: Sequence[float] | np.ndarray,
   seconds: Sequence[float] | np.ndarray,
+  seed: int = 0,
 ) -> Curve | None:
   """A curve in order of its FLOPs, or None where nothing of it can be used.
 
@@ -60,7 +62,7 @@ def curve(
     return None
   _, first = np.unique(table[0], return_index=True)
   table = table[:, first]
-  return Curve(latents, table[0], table[1], table[2], table[3])
+  return Curve(latents, *table[:4], seed=seed)
 
 
 def optima(curves: Sequence[Curve], count: int = _COUNT) -> list[Optimum]:
@@ -68,7 +70,7 @@ def optima(curves: Sequence[Curve], count: int = _COUNT) -> list[Optimum]:
 
   From the C that three widths reach (fewer: none, if there are fewer widths) to
   the last that three reach. At each C the loss of a width is interpolated in
-  log-log, runs of equal width are averaged in log, and the best is the vertex
+  log-log, seeds of equal width are averaged in log, and the best is the vertex
   of the parabola in log N through the best width and its neighbours.
   """
   spans: dict[int, tuple[float, float]] = {}
@@ -89,14 +91,15 @@ def optima(curves: Sequence[Curve], count: int = _COUNT) -> list[Optimum]:
   return [one for one in found if one]
 
 
-def thinned(best: Sequence[Optimum], curves: int) -> list[Optimum]:
-  """Those to fit laws to: not at an edge, and about as many as curves.
+def thinned(best: Sequence[Optimum], curves: Sequence[Curve]) -> list[Optimum]:
+  """Those to fit laws to: not at an edge, and about as many as seeds of widths.
 
   Neighbours on an envelope share the noise of their curves; more of them would
   seem to be more than was measured. Five at least, to fit three parameters.
   """
   inner = [one for one in best if not one.edge]
-  count = min(len(inner), max(5, min(curves, _MOST)))
+  runs = len({(c.latents, c.seed) for c in curves})
+  count = min(len(inner), max(5, min(runs, _MOST)))
   if not count:
     return []
   at = np.linspace(0, len(inner) - 1, count).round().astype(int)
@@ -111,21 +114,25 @@ def shaken(
 ) -> dict[str, np.ndarray]:
   """What noise of the curves would do to optima: log changes [R, n] by name.
 
-  In each of R resamples every width's curve is moved by one factor, the mean of
-  its runs' noise of standard deviation scales [R], and the optima are found
-  again; a best at an edge is held within its three widths.
+  In each of R resamples every seed of a width is moved by one factor, noise of
+  standard deviation scales [R], and the optima are found again with the means
+  of the seeds that reach them; a best at an edge is held within its three
+  widths.
   """
   rng = np.random.default_rng(seed)
-  runs = Counter(c.latents for c in curves)
   moved = {
-    n: rng.standard_normal(len(scales)) * scales / np.sqrt(count)
-    for n, count in sorted(runs.items())
+    run: rng.standard_normal(len(scales)) * scales
+    for run in sorted({(c.latents, c.seed) for c in curves})
   }
   found = []
   for one in best:
     log_n, log_loss, log_rows = np.log(_table(curves, one.flops)).T
     widths = np.exp(log_n).round().astype(int)
-    shifted = log_loss + np.stack([moved[n] for n in widths], -1)  # [R, W]
+    means = [
+      np.mean([moved[n, seed] for seed in _reaching(curves, n, one.flops)], 0)
+      for n in widths
+    ]
+    shifted = log_loss + np.stack(means, -1)  # [R, W]
     middle = np.clip(shifted.argmin(-1), 1, len(widths) - 2)
     near = middle[:, None] + np.arange(-1, 2)
     at, lowest = vertex(log_n[near], np.take_along_axis(shifted, near, -1))
@@ -162,16 +169,25 @@ def _table(curves: Sequence[Curve], flops: float) -> np.ndarray:
 
 
 def _at(curves, latents: int, flops: float) -> tuple[float, float] | None:
-  """Loss and rows of a width at so many FLOPs: means in log of its runs."""
-  found = [
-    [_between(c.flops, y, flops) for y in (c.loss, c.rows)]
-    for c in curves
-    if c.latents == latents and c.flops[0] <= flops <= c.flops[-1]
+  """Loss and rows of a width at so many FLOPs: means in log of its seeds."""
+  at = lambda c: [np.log(_between(c.flops, y, flops)) for y in (c.loss, c.rows)]
+  seeds = [
+    np.mean([at(c) for c in same], 0)
+    for same in _reaching(curves, latents, flops).values()
   ]
-  if not found:
+  if not seeds:
     return None
-  loss, rows = np.exp(np.log(found).mean(0)).tolist()
+  loss, rows = np.exp(np.mean(seeds, 0)).tolist()
   return loss, rows
+
+
+def _reaching(curves, latents: int, flops: float) -> dict[int, list[Curve]]:
+  """The curves of a width that span so many FLOPs, by seed."""
+  found = defaultdict(list)
+  for c in curves:
+    if c.latents == latents and c.flops[0] <= flops <= c.flops[-1]:
+      found[c.seed].append(c)
+  return found
 
 
 def _between(x: np.ndarray, y: np.ndarray, at: float) -> float:

@@ -237,7 +237,7 @@ def undetermined(found: Fit, range_of: str) -> str:
   """
   is_, percent = exponent(found), f'{100 * found.level:g}%'
   low, high = sorted((abs(is_.low), abs(is_.high)))
-  ends = [number(found.x[:, 0].min()), number(found.x[:, 0].max())]
+  ends = [_number(found.x[:, 0].min()), _number(found.x[:, 0].max())]
   advice = (
     f'widen {range_of} (now {ends[0]} to {ends[1]}) or lower the noise '
     f'(now {100 * found.scale:.2g}% around the law)'
@@ -266,6 +266,6 @@ def undetermined(found: Fit, range_of: str) -> str:
   return ''
 
 
-def number(value: float) -> str:
+def _number(value: float) -> str:
   """A width, FLOPs or a loss for a line of text."""
   return f'{value:,.0f}' if 1000 <= abs(value) < 1e9 else f'{value:.4g}'

@@ -39,7 +39,7 @@ def predictions(found, made, settings: Settings) -> list[dict]:
     if is_.fit is None:
       continue
     value = laws.predict(is_.fit, np.array([n]), measured=True)[0]
-    beyond = n / max(p.latents for p in one.points)
+    beyond = n / is_.fit.x.max()
     lines.append({
       'slice': one.where, 'latents': n, 'predicted': value.value,
       'low': value.low, 'high': value.high, 'beyond': beyond, 'law': law,
@@ -70,14 +70,14 @@ def recommend(one, made, best, settings: Settings) -> dict | str | None:
     lr, doubt = None, 'no law of the learning rate: set it by trials'
     warnings.append(doubt)
   else:
-    warnings += _doubts(lr) + lr.entry['warnings']
+    warnings += _doubts(lr)
     lr = laws.predict(lr.fit, np.array([latents]))[0].value
   return {
     'slice': one.where, 'flops': flops, 'latents': latents,
     'latents_low': n.low, 'latents_high': n.high,
     'rows': round(flops / _flops_a_row(one, latents)), 'lr': lr,
     'predicted': value.value, 'low': value.low, 'high': value.high,
-    'beyond': flops / largest, 'warnings': warnings,
+    'beyond': flops / largest, 'warnings': list(dict.fromkeys(warnings)),
   }  # fmt: skip
 
 
@@ -103,6 +103,6 @@ def _far(beyond: float, what: str) -> list[str]:
 
 
 def _doubts(made: Made) -> list[str]:
-  if made.entry['verdict'] == 'ok':
-    return []
-  return [f'{made.entry["name"]}: {made.entry["why"]}']
+  entry = made.entry
+  why = [] if entry['verdict'] == 'ok' else [f'{entry["name"]}: {entry["why"]}']
+  return why + entry['warnings']

@@ -24,10 +24,10 @@ from sae_jax.sweep.series import (
   held_out,
   law,
   series_of,
-  slices,
   slug,
   values,
 )
+from sae_jax.sweep.slices import by_slice
 from sae_jax.sweep.tables import Mark, Point
 
 
@@ -104,7 +104,7 @@ def front(at: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _rates(study: Study) -> list[Chart]:
   made = []
-  for part, chosen in slices(study.done):
+  for part, chosen in by_slice(study.done):
     series, fit = [], find(study.laws, 'lr_opt', part)
     at, ids = fit_points(fit) if fit else ([], [])
     lines = defaultdict(list)
@@ -145,7 +145,7 @@ def _on_line(line: list[tuple[float, float]], lr: float) -> tuple[float, float]:
 
 def _dead(study: Study) -> list[Chart]:
   chosen = [p for p in study.grid if finite(p.dead_share)]
-  parts, series = slices(chosen), []
+  parts, series = by_slice(chosen), []
   for i, (part, own) in enumerate(parts):
     at = [(p.latents, p.dead_share or 0.0) for p in own]
     ids, look = [p.point for p in own], ramp(i, len(parts))

@@ -21,10 +21,10 @@ from sae_jax.sweep.series import (
   held_out,
   law,
   series_of,
-  slices,
   slug,
   values,
 )
+from sae_jax.sweep.slices import by_slice
 from sae_jax.sweep.tables import Mark
 
 
@@ -35,7 +35,7 @@ def compute(study: Study) -> list[Chart]:
   marks = study.marks if metric in Mark._fields else []
   for m in sorted(marks, key=lambda m: m.rows):
     of_point[m.point].append((getattr(m, flops), getattr(m, metric)))
-  for part, chosen in slices(study.grid):
+  for part, chosen in by_slice(study.grid):
     series = []
     for p in sorted(chosen, key=lambda p: p.latents):
       line, look = of_point[p.point], study.look(p.latents)
@@ -64,7 +64,7 @@ def compute(study: Study) -> list[Chart]:
 def latents(study: Study) -> list[Chart]:
   """L(N) with what was held out and what is predicted; one a slice."""
   made = []
-  for part, chosen in slices(study.grid):
+  for part, chosen in by_slice(study.grid):
     fit = find(study.laws, 'L(N)', part)
     if fit:
       at, ids = fit_points(fit)

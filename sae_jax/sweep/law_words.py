@@ -1,6 +1,5 @@
 """laws.json, looked up and said in words."""
 
-import re
 from typing import Any
 
 from sae_jax.sweep.drawing import number
@@ -59,12 +58,7 @@ def exponent(fit: dict[str, Any] | None) -> str:
   """The exponent with its interval; '' where it was not determined."""
   if not fit or fit['verdict'] != 'ok' or not fit['params']:
     return ''
-  if fit.get('exponent'):
-    return interval(fit['exponent'])
-  match = re.search(r'\^\s*\(?-?\s*(\w+)', fit['formula'])
-  name = match[1] if match and match[1] in fit['params'] else 'alpha'
-  value = fit['params'].get(name)
-  return interval(value) if value else ''
+  return interval(fit['exponent'])
 
 
 def in_words(fit: dict[str, Any] | None, name: str) -> str:
@@ -94,3 +88,10 @@ def held_out(fit: dict[str, Any]) -> str:
     f'Held out: {number(held["measured"])} measured at {at}; '
     f'{interval(held)} predicted ({error:+.1%}).'
   )
+
+
+def beyond(made: dict[str, Any]) -> str:
+  """How far outside the study a prediction lies."""
+  if made['beyond'] <= 1:
+    return 'within the study'
+  return f'{made["beyond"]:.3g} times beyond the study'

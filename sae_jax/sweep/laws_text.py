@@ -2,7 +2,7 @@
 
 import textwrap
 
-from sae_jax.scaling.laws import number
+from sae_jax.sweep.law_words import beyond, held_out, interval, words
 
 
 def text(found: dict) -> str:
@@ -19,9 +19,9 @@ def text(found: dict) -> str:
   for made in found['predictions']:
     lines += [
       '',
-      f'{made["latents"]:,} latents ({_where(made["slice"])}): '
-      f'{found["metric"]} {_interval(made, "predicted")}, '
-      f'{_beyond(made, "width")}',
+      f'{made["latents"]:,} latents ({words(made["slice"])}): '
+      f'{found["metric"]} {interval(made)}, '
+      f'{beyond(made)}',
       *_warnings(made),
     ]
   for made in found['recommendation']:
@@ -34,19 +34,13 @@ def _fit(fit: dict) -> list[str]:
   if fit['params'] is None:
     return _wrapped(fit['why']) + _warnings(fit)
   lines = [
-    f'  {name:<8} {_interval(value, "value")}'
-    for name, value in fit['params'].items()
+    f'  {name:<8} {interval(value)}' for name, value in fit['params'].items()
   ]
   lines.append(
     f'  {len(fit["points"])} points, {fit["rms_log_error"]:.2%} off the law'
   )
-  if held := fit['held_out']:
-    at = f', k = {held["k"]:g}' if 'k' in held else ''
-    lines.append(
-      f'  held out {number(held["x"])}{at}: measured '
-      f'{number(held["measured"])}, predicted {_interval(held, "predicted")}: '
-      f'{held["error"]:+.1%}'
-    )
+  if held := held_out(fit):
+    lines += _wrapped(held)
   if fit['verdict'] != 'ok':
     lines += _wrapped(f'{fit["verdict"]}: {fit["why"]}')
   return lines + _warnings(fit)
@@ -55,31 +49,13 @@ def _fit(fit: dict) -> list[str]:
 def _recommendation(made: dict, metric: str) -> list[str]:
   lr = 'no law' if made['lr'] is None else f'{made["lr"]:.3g}'
   return [
-    f'{made["flops"]:.3g} FLOPs ({_where(made["slice"])}): '
+    f'{made["flops"]:.3g} FLOPs ({words(made["slice"])}): '
     f'{made["latents"]:,} latents (best '
     f'{made["latents_low"]:,.0f} to {made["latents_high"]:,.0f}), '
     f'{made["rows"]:,} rows, learning rate {lr}',
-    f'  {metric} {_interval(made, "predicted")}, {_beyond(made, "compute")}',
+    f'  {metric} {interval(made)}, {beyond(made)}',
     *_warnings(made),
   ]
-
-
-def _interval(made: dict, key: str) -> str:
-  ends = [number(made[name]) for name in (key, 'low', 'high')]
-  return '{} ({} to {})'.format(*ends)
-
-
-def _beyond(made: dict, what: str) -> str:
-  if made['beyond'] <= 1:
-    return f'within the {what} measured'
-  return f'{made["beyond"]:.3g}x beyond the largest {what} measured'
-
-
-def _where(slice_: dict) -> str:
-  return ', '.join(
-    f'{key} {value:g}' if isinstance(value, float) else f'{key} {value}'
-    for key, value in slice_.items()
-  )
 
 
 def _warnings(made: dict) -> list[str]:

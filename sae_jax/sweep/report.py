@@ -16,6 +16,7 @@ from sae_jax.paths import write_atomic
 from sae_jax.sweep import charts, drawing
 from sae_jax.sweep.drawing import number
 from sae_jax.sweep.law_words import (
+  beyond,
   exponent,
   flops_key,
   held_out,
@@ -195,7 +196,7 @@ def _fit(fit: dict[str, Any]) -> dict[str, Any]:
 
 def _prediction(p: dict[str, Any]) -> dict[str, Any]:
   """A row of the predictions."""
-  cells = [words(p['slice']), f'{p["latents"]:,}', interval(p), _beyond(p)]
+  cells = [words(p['slice']), f'{p["latents"]:,}', interval(p), beyond(p)]
   return {'cells': cells, 'warnings': p.get('warnings', [])}
 
 
@@ -211,17 +212,9 @@ def _advice(r: dict[str, Any]) -> dict[str, Any]:
     number(r['rows']),
     number(r['lr']),
     interval(r),
-    _beyond(r),
+    beyond(r),
   ]
   return {'cells': cells, 'warnings': r.get('warnings', [])}
-
-
-def _beyond(entry: dict[str, Any]) -> str:
-  """How far outside the study something lies."""
-  factor = entry.get('beyond')
-  if factor is None or factor <= 1:
-    return 'within the study'
-  return f'{factor:.3g} times beyond the study'
 
 
 def _order(p: Point) -> tuple:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeGuard
 
 from sae_jax.evaluate.plots import MAIN, SECOND
 from sae_jax.sweep.drawing import Chart, Look, Series, ramp
-from sae_jax.sweep.slices import where_is
 from sae_jax.sweep.tables import Mark, Point
 
 
@@ -94,15 +93,6 @@ def held_out(fit: dict[str, Any] | None) -> list[Series]:
   return series_of('held out', [measured], 'hollow', SECOND, 's') + series_of(
     'predicted without it', [predicted], 'points', SECOND, 'D', edges
   )
-
-
-def slices(points: Sequence[Point]) -> list[tuple[dict, list[Point]]]:
-  """Points by activation and k, in that order."""
-  parts = sorted(
-    distinct(where_is(p) for p in points),
-    key=lambda s: (s['activation'], s['k'] or math.inf, str(s)),
-  )
-  return [(s, [p for p in points if where_is(p) == s]) for s in parts]
 
 
 def distinct(parts: Iterable[dict]) -> list[dict]:

@@ -7,26 +7,26 @@ aimed at) on one site. At each width it has the setting that did best.
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sae_jax.scaling.envelope import Curve, curve, vertex
 from sae_jax.sweep.tables import Mark, Point
+from sae_jax.train.run import trajectory
 
 METRICS = ('fvu', 'mse', 'delta_loss')
 # Keys of `changes` that make another problem of it, not another setting.
 _PROBLEM = (
   'store.path', 'store.site', 'sae.d_in', 'sae.center', 'sae.pre_bias',
 )  # fmt: skip
-# Keys that the columns of a point already say, or that do not matter.
+# Keys that the columns of a point already say.
 _KNOWN = (
   'sae.latents', 'act.name', 'act.k', 'loss.target_l0', 'loss.l0_coef',
   'optim.lr', 'optim.lr_width', 'seed', 'store.seed', 'train.rows',
-  'train.batch_rows', 'members',
+  'train.batch_rows',
 )  # fmt: skip
-_IDLE = ('mesh.', 'distributed.', 'train.')
 # An L0 further from the one aimed at is another slice's, in truth.
 _L0_OFF = 0.1
 
@@ -39,10 +39,17 @@ class Slice(NamedTuple):
   )
   label: str
   points: list[Point]  # at each width the longest runs of its best setting
-  equal: list[Point]  # ... and of those with as many rows as most widths have
+  grid: list[Point]  # all but trials
   curves: list[Curve]  # of all runs of these settings
   tried: list[Point]  # all, trials too
   warnings: list[str]
+
+
+class Noise(NamedTuple):
+  """What seeds tell of the noise of one run's log loss."""
+
+  scale: float  # its standard deviation
+  free: int  # degrees of freedom that tell it
 
 
 def usable(points: list[Point], metric: str) -> tuple[list[Point], str]:
@@ -72,8 +79,8 @@ def _of_state(count: int, why: str) -> str:
   return f'{count} {"has" if count == 1 else "have"} {why}'
 
 
-def seed_noise(points: list[Point], metric: str) -> float | None:
-  """Pooled standard deviation of log loss of points equal but for the seed."""
+def seed_noise(points: list[Point], metric: str) -> Noise | None:
+  """Pooled over points equal but for the seed; None if there are none."""
   groups = _grouped(
     points, lambda p: (_key(where_is(p)), p.latents, p.rows, _setting(p))
   )
@@ -82,7 +89,7 @@ def seed_noise(points: list[Point], metric: str) -> float | None:
     logs = np.log([getattr(p, metric) for p in group])
     square += float(np.sum((logs - logs.mean()) ** 2))
     free += len(logs) - 1
-  return math.sqrt(square / free) if free else None
+  return Noise(math.sqrt(square / free), free) if free else None
 
 
 def slices(
@@ -93,34 +100,46 @@ def slices(
   decayed: bool,
 ) -> list[Slice]:
   """The slices of usable points, in order of activation and k."""
-  by_point = _grouped(marks, lambda m: m.point)
-  groups = _grouped(points, lambda p: _key(where_is(p)))
+  by_point, groups = _grouped(marks, lambda m: m.point), by_slice(points)
   several = len({p.activation for p in points}) > 1
+  loose = [
+    p
+    for where, tried in groups
+    if where['k'] is None and all(p.stage == 'trial' for p in tried)
+    for p in tried
+  ]
   found = []
-  for tried in groups.values():
-    where, grid = where_is(tried[0]), [p for p in tried if p.stage != 'trial']
+  for where, tried in groups:
+    grid = [p for p in tried if p.stage != 'trial']
     if not grid:
       continue
+    if (
+      where['k'] is not None
+    ):  # trials at a coefficient are of no L0, so of all
+      alike = [p._replace(k=where['k']) for p in loose]
+      tried = tried + [p for p in alike if where_is(p) == where]
     runs = _best(grid, metric)
     longest = [
       p for p in runs if p.rows == max(q.rows for q in runs if _same(p, q))
     ]
     curves = _curves(runs, by_point, metric, flops, decayed)
-    found.append(
-      Slice(
-        where,
-        _label(where, several),
-        longest,
-        _best(_of_equal_rows(grid), metric),
-        curves,
-        tried,
-        _off(longest),
-      )
-    )
+    label, off = _label(where, several), _off(longest)
+    found.append(Slice(where, label, longest, grid, curves, tried, off))
+  return found
+
+
+def by_slice(points: Sequence[Point]) -> list[tuple[dict, list[Point]]]:
+  """(`Slice.where`, its points) in order of activation and k."""
+  groups = _grouped(points, lambda p: _key(where_is(p))).values()
   return sorted(
-    found,
-    key=lambda s: (s.where['activation'], s.where['k'] or math.inf, s.label),
+    ((where_is(group[0]), group) for group in groups),
+    key=lambda g: (g[0]['activation'], g[0]['k'] or math.inf, str(g[0])),
   )
+
+
+def at_rows(one: Slice, rows: int, metric: str) -> list[Point]:
+  """At each width the runs of so many rows of the setting that is best."""
+  return _best([p for p in one.grid if p.rows == rows], metric)
 
 
 def best_lrs(
@@ -131,10 +150,10 @@ def best_lrs(
   The vertex of the parabola in log lr through the best rate and its neighbours,
   among runs equal in all but lr and seed.
   """
-  found, said = [], []
+  found, said, short = [], [], []
   widths = _grouped(tried, lambda p: p.latents)
   for latents in sorted(widths):
-    rates = _rates(widths[latents], metric)
+    rates, rows = _rates(widths[latents], metric)
     at = f'at {latents:,} latents'
     if len(rates) < 2:  # it was not looked for at this width
       continue
@@ -157,18 +176,40 @@ def best_lrs(
     found.append(
       (latents, float(np.exp(vertex(log_lr[near], log_loss[near])[0])))
     )
+    longest = max(
+      (p.rows for p in widths[latents] if p.stage != 'trial'), default=rows
+    )
+    if rows < longest:
+      short.append((rows, longest, latents))
+  if short:
+    rows, longest, latents = min(short, key=lambda s: s[0] / s[1])
+    said.append(
+      f'at {len(short)} of {len(found)} widths learning rates were compared on '
+      f'fewer rows than the longest runs have ({rows:,} of {longest:,} at '
+      f'{latents:,} latents): the best rate of those may be another'
+    )
   return found, said
 
 
-def _rates(points: list[Point], metric: str) -> dict[float, float]:
-  """{log lr: mean log loss} of the runs with the most learning rates."""
-  groups = _grouped(points, lambda p: (p.rows, _setting(p._replace(lr=0.0))))
-  best: dict[float, float] = {}
-  for _, group in sorted(groups.items(), key=lambda g: g[0][0], reverse=True):
+def _rates(points: list[Point], metric: str) -> tuple[dict[float, float], int]:
+  """{log lr: mean log loss} of runs equal in all else, and their rows: of the
+  longest that have an optimum, then of those nearest to the L0 aimed at."""
+
+  def losses(group: list[Point]) -> dict[float, float]:
     rates = _grouped(group, lambda p: math.log(p.lr))
-    if len(rates) > len(best):
-      best = {lr: _log_loss(same, metric) for lr, same in rates.items()}
-  return best
+    return {lr: _log_loss(same, metric) for lr, same in rates.items()}
+
+  def worth(group: list[Point]) -> tuple:
+    rates = losses(group)
+    # Of many rates Halving goes on with three: the best may be at their edge.
+    edge = min(rates, key=lambda r: rates[r]) in (min(rates), max(rates))
+    off = [abs(math.log(p.l0 / p.k)) for p in group if p.l0 and p.k]
+    enough = min(len(rates), 3)
+    return not edge, enough, group[0].rows, len(rates), -np.mean(off or [0.0])
+
+  groups = _grouped(points, lambda p: (p.rows, _setting(p._replace(lr=0.0))))
+  group = max(groups.values(), key=worth)
+  return losses(group), group[0].rows
 
 
 def where_is(point: Point) -> dict:
@@ -185,10 +226,18 @@ def _setting(point: Point) -> str:
   changes = json.loads(point.changes or '{}')
   rest = {
     key: value
-    for key, value in changes.items()
-    if key not in _KNOWN + _PROBLEM and not key.startswith(_IDLE)
+    for key, value in trajectory(changes).items()
+    if key not in _KNOWN + _PROBLEM
   }
-  return _key([point.lr, point.batch_rows, point.l0_coef, rest])
+  # A coefficient found for an L0 follows from that, and differs between seeds.
+  given = (
+    point.activation != 'jumprelu'
+    or point.k is None
+    or point.stage == 'trial'
+    or 'loss.target_l0' in changes
+  )
+  l0_coef = point.l0_coef if given else None
+  return _key([point.lr, point.batch_rows, l0_coef, rest])
 
 
 def _key(value: object) -> str:
@@ -231,24 +280,19 @@ def _best(points: list[Point], metric: str) -> list[Point]:
   return found
 
 
-def _of_equal_rows(points: list[Point]) -> list[Point]:
-  """Those with the number of rows that most widths have, the largest such."""
-  groups = _grouped(points, lambda p: p.rows)
-  rows = max(groups, key=lambda r: (len({p.latents for p in groups[r]}), r))
-  return groups[rows]
-
-
 def _curves(runs, by_point, metric, flops, decayed) -> list[Curve]:
   """One for each run, or, of end points only, one for each width and seed."""
   if decayed or metric not in Mark._fields:
     groups = _grouped(runs, lambda p: (p.latents, p.seed))
-    tables = [(n, group, 'rows_done') for (n, _), group in groups.items()]
+    tables = [(run, group, 'rows_done') for run, group in groups.items()]
   else:
-    tables = [(p.latents, by_point.get(p.point, []), 'rows') for p in runs]
+    tables = [
+      ((p.latents, p.seed), by_point.get(p.point, []), 'rows') for p in runs
+    ]
   name = 'flops' if flops == 'published' else 'flops_executed'
   found = [
-    curve(n, *_columns(group, (name, metric, rows, 'seconds')))
-    for n, group, rows in tables
+    curve(n, *_columns(group, (name, metric, rows, 'seconds')), seed=seed)
+    for (n, seed), group, rows in tables
     if group
   ]
   return [c for c in found if c]

@@ -6,7 +6,6 @@ from sae_jax.errors import UserError
 from sae_jax.scaling import laws
 from sae_jax.scaling.envelope import (
   Optimum,
-  fall,
   optima,
   reach,
   shaken,
@@ -15,8 +14,10 @@ from sae_jax.scaling.envelope import (
 from sae_jax.scaling.forms import IRREDUCIBLE, JOINT, POWER, Law
 from sae_jax.scaling.laws import Fit
 from sae_jax.sweep.advice import FAR, Made, Settings, predictions, recommend
+from sae_jax.sweep.convergence import comparable, falls
 from sae_jax.sweep.slices import (
   METRICS,
+  Noise,
   Slice,
   best_lrs,
   seed_noise,
@@ -26,31 +27,36 @@ from sae_jax.sweep.slices import (
 from sae_jax.sweep.tables import Mark, Point
 
 FLOPS = ('published', 'executed')
-# A larger fall over the last doubling of rows is not convergence.
-_CONVERGED = 0.02
 _CURVE = 80  # points of a drawn law
 _TARGETS = 5  # losses whose cost is listed, for each slice
+_NO_NOISE = (
+  'the noise of single runs is not known, and intervals would be too narrow: '
+  'add a width, so that L(N) is fitted, or repeat points with other seeds'
+)
+
+
+class NoLaw(UserError):
+  """No law at all can be fitted to a study."""
 
 
 def study_laws(
   points: list[Point], marks: list[Mark], settings: Settings
 ) -> dict:
-  """The dict of laws.json; raises UserError if no law at all can be fitted."""
+  """The dict of laws.json. Raises UserError for bad settings, or NoLaw."""
   _check(settings)
   kept, left_out = usable(points, settings.metric)
   noise = seed_noise(kept, settings.metric)
   found = slices(kept, marks, settings.metric, settings.flops, settings.decayed)
   best = {one.label: optima(one.curves) for one in found}
   made = {
-    one.label: _fits(one, best[one.label], settings, noise or 0.0)
-    for one in found
+    one.label: _fits(one, best[one.label], settings, noise) for one in found
   }
-  joint = [_joint(same, settings, noise or 0.0) for same in _poolable(found)]
+  joint = [_joint(same, settings, noise) for same in _poolable(found)]
   entries = [m.entry for fits in made.values() for m in fits.values()]
   entries += [m.entry for m in joint]
   if not any(entry['params'] for entry in entries):
     why = entries[0]['why'] if entries else 'no point can be used'
-    raise UserError(
+    raise NoLaw(
       f'no law can be fitted: {why}'
       + (f'; {left_out}' if left_out else '')
       + ': run more points of the study'
@@ -61,7 +67,7 @@ def study_laws(
   return {
     'format': 'sae_jax.laws', 'version': 1, 'metric': settings.metric,
     'flops': settings.flops, 'level': settings.level, 'left_out': left_out,
-    'seed_noise': noise, 'fits': entries,
+    'seed_noise': noise and noise.scale, 'fits': entries,
     'envelopes': [
       {'slice': one.where, **_columns(best[one.label])} for one in found
     ],
@@ -84,40 +90,43 @@ def _check(settings: Settings) -> None:
 
 
 def _fits(
-  one: Slice, best: list[Optimum], settings: Settings, noise: float
+  one: Slice, best: list[Optimum], settings: Settings, noise: Noise | None
 ) -> dict[str, Made]:
   """L(N), L(C), N_opt, rows_opt and, where rates were tried, lr_opt."""
   y = settings.metric
+  known = noise.scale if noise else 0.0
   made = {}
 
-  def add(
-    name, law, title, letter, x, y, rows, warnings, noise=0.0, errors=None
-  ):
+  def add(name, law, title, letter, x, y, rows, warnings, **more):
     entry = {
       'name': f'{name}|{one.label}',
       'title': title + (f', {one.label.replace("=", " = ")}'),
       'formula': law.formula.replace('x', letter),
       'x': x, 'y': y, 'slice': one.where,
     }  # fmt: skip
-    made[name] = _made(law, entry, rows, warnings, settings, noise, errors)
+    made[name] = _made(law, entry, rows, warnings, settings, **more)
 
-  points, falls, said = _comparable(one)
+  points, said = comparable([one], y)
   rows = [(p.latents, getattr(p, y), p.point) for p in points]
   add('L(N)', IRREDUCIBLE, 'loss against latents', 'N', 'latents', y, rows,
-      said + one.warnings, noise)  # fmt: skip
-  made['L(N)'].entry['convergence'] = falls
-  inner, edges = thinned(best, len(one.curves)), _edges(best)
+      said + one.warnings, noise=known)  # fmt: skip
+  made['L(N)'].entry['convergence'] = falls(one)
+  inner, edges = thinned(best, one.curves), _edges(best)
   at = lambda name: [(o.flops, getattr(o, name), None) for o in inner]
-  ends = made['L(N)'].fit  # its residuals are the noise of single runs
-  errors = shaken(one.curves, inner, ends.scales, 0) if ends and inner else {}
+  scales = _scales(made['L(N)'].fit, noise, settings.resamples)
+  errors, doubt = {}, ''
+  if scales is None:
+    doubt = _NO_NOISE
+  elif inner:
+    errors = shaken(one.curves, inner, scales, 0)
   for name, law, title, y_name, values in (
     ('L(C)', IRREDUCIBLE, 'least loss against compute', y, 'loss'),
     ('N_opt(C)', POWER, 'best latents against compute', 'latents', 'latents'),
     ('rows_opt(C)', POWER, 'best rows against compute', 'rows', 'rows'),
   ):
-    known = noise if values == 'loss' else 0.0
-    add(name, law, title, 'C', 'flops', y_name, at(values), edges, known,
-        errors.get(values))  # fmt: skip
+    add(name, law, title, 'C', 'flops', y_name, at(values), edges,
+        noise=known if values == 'loss' else 0.0, errors=errors.get(values),
+        doubt=doubt)  # fmt: skip
   if len({(p.latents, p.lr) for p in one.tried}) > len(
     {p.latents for p in one.tried}
   ):
@@ -127,11 +136,23 @@ def _fits(
   return made
 
 
+def _scales(
+  ends: Fit | None, noise: Noise | None, resamples: int
+) -> np.ndarray | None:
+  """What the noise of single runs may be [R]: that of the residuals of L(N),
+  without such a law that of seeds."""
+  if ends or not noise:
+    return ends and ends.scales
+  chi_square = np.random.default_rng(0).chisquare(noise.free, resamples)
+  return noise.scale * np.sqrt(noise.free / chi_square)
+
+
 def _made(
   law: Law, entry: dict, rows: list, warnings: list[str], settings: Settings,
-  noise: float, errors: np.ndarray | None = None,
+  *, noise: float = 0.0, errors: np.ndarray | None = None, doubt: str = '',
 ) -> Made:  # fmt: skip
-  """rows: (x or (n, k), y, id of the point). Fits, or says why not."""
+  """rows: (x or (n, k), y, id of the point). Fits, or says why not; doubt: why
+  a fit's intervals would be wrong."""
   rows = sorted(rows, key=lambda row: row[0])
   x = np.array([row[0] for row in rows], float).reshape(
     len(rows), 2 if law.kind == 'joint' else 1
@@ -153,16 +174,17 @@ def _made(
   }  # fmt: skip
   found = laws.fit(law, x, y, errors=errors, **options)
   quantity = {'flops': 'compute'}.get(entry['x'], entry['x'])
-  why = laws.undetermined(found, f'the range of {quantity}')
+  why = doubt or laws.undetermined(found, f'the range of {quantity}')
   entry |= {
     'params': {
       name: value._asdict() for name, value in laws.parameters(found).items()
     },
     'exponent': laws.exponent(found)._asdict(),
     'rms_log_error': found.rms,
-    'held_out': _held_out(law, x, y, options, errors),
     'verdict': 'undetermined' if why else 'ok', 'why': why,
   }  # fmt: skip
+  if quantity != 'compute':  # points of an envelope share their curves
+    entry['held_out'] = _held_out(law, x, y, options)
   ends = x[0, 0], max(FAR * x[-1, 0], settings.predict_latents)
   if entry['x'] == 'flops':
     ends = x[0, 0], max(FAR * x[-1, 0], settings.budget_flops)
@@ -185,17 +207,15 @@ def _curve(found: Fit, *x: np.ndarray) -> dict:
   }
 
 
-def _held_out(law: Law, x, y, options, errors) -> dict | None:
-  """The largest width (compute) as a fit without it predicts it.
+def _held_out(law: Law, x, y, options) -> dict | None:
+  """The largest width as a fit without it predicts it.
 
   The interval is that of a measurement. Of the joint law: the worst k.
   """
   rest = x[:, 0] < x[:, 0].max()
   if laws.missing(law, x[rest]):
     return None
-  if errors is not None:
-    errors = errors[:, rest]
-  found = laws.fit(law, x[rest], y[rest], errors=errors, **options)
+  found = laws.fit(law, x[rest], y[rest], **options)
   at, index = np.unique(x[~rest], axis=0, return_inverse=True)
   log_y = np.log(y[~rest])
   lines = []
@@ -218,63 +238,20 @@ def _poolable(found: list[Slice]) -> list[list[Slice]]:
   return [pool for pool in pools.values() if len(pool) > 1]
 
 
-def _joint(pool: list[Slice], settings: Settings, noise: float) -> Made:
+def _joint(pool: list[Slice], settings: Settings, noise: Noise | None) -> Made:
   where = {k: v for k, v in pool[0].where.items() if k != 'k'}
   entry = {
     'name': 'L(N, K)|' + ', '.join(str(v) for v in where.values()),
     'title': 'loss against latents and k', 'formula': JOINT.formula,
     'x': 'latents', 'y': settings.metric, 'slice': where | {'k': None},
   }  # fmt: skip
+  points, said = comparable(pool, settings.metric)
   rows = [
-    ((p.latents, p.k), getattr(p, settings.metric), p.point)
-    for one in pool
-    for p in _comparable(one)[0]
+    ((p.latents, p.k), getattr(p, settings.metric), p.point) for p in points
   ]
-  said = [f'{one.label}: {w}' for one in pool for w in one.warnings]
-  return _made(JOINT, entry, rows, said, settings, noise)
-
-
-def _comparable(one: Slice) -> tuple[list[Point], list[dict], list[str]]:
-  """The points of L(N), how their curves fell, and what to say of it: the
-  longest runs if these converged, else runs of equally many rows."""
-  falls, said = _convergence(one)
-  lengths = {p.rows for p in one.points}
-  if not (falls and said) or len(lengths) < 2:
-    return one.points, falls, said
-  rows, widths = one.equal[0].rows, {p.latents for p in one.points}
-  left = len(widths - {p.latents for p in one.equal})
-  return (
-    one.equal,
-    falls,
-    [
-      *said,
-      f'so losses after {rows:,} rows are fitted, which most widths have'
-      + (f'; {left} have not' if left else ''),
-    ],
-  )
-
-
-def _convergence(one: Slice) -> tuple[list[dict], list[str]]:
-  """How much the loss of each width fell over the last doubling of rows."""
-  falls: dict[int, float] = {}
-  for run in one.curves:
-    fell = fall(run)
-    if fell is not None:
-      falls[run.latents] = max(fell, falls.get(run.latents, fell))
-  table = [{'latents': n, 'fall': f} for n, f in sorted(falls.items())]
-  if not falls:
-    return [], [
-      'no curve reaches back to half the rows: convergence is not known'
-    ]
-  late = [n for n, fell in falls.items() if fell > _CONVERGED]
-  if not late:
-    return table, []
-  worst = max(late, key=lambda n: falls[n])
-  return table, [
-    f'not converged: over the last doubling of rows the loss of {len(late)} of '
-    f'{len(falls)} widths still fell more than {_CONVERGED:.0%} '
-    f'({falls[worst]:.1%} at {worst:,} latents)'
-  ]
+  said += [f'{one.label}: {w}' for one in pool for w in one.warnings]
+  known = noise.scale if noise else 0.0
+  return _made(JOINT, entry, rows, said, settings, noise=known)
 
 
 def _edges(best: list[Optimum]) -> list[str]:

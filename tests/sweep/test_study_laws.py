@@ -128,7 +128,7 @@ def _curves_of(marks):
 def test_shaken_curves_move_their_optima():
   _, marks = study()
   curves = _curves_of(marks)
-  best = envelope.thinned(envelope.optima(curves), len(curves))
+  best = envelope.thinned(envelope.optima(curves), curves)
   still = envelope.shaken(curves, best, np.zeros(3), 0)
   for change in still.values():
     np.testing.assert_allclose(change, 0, atol=1e-9)
@@ -136,11 +136,55 @@ def test_shaken_curves_move_their_optima():
   assert moved['loss'].shape == (4000, len(best))
   assert 0.003 < moved['loss'].std() < 0.012
   assert moved['latents'].std() > 5 * moved['loss'].std()  # it is flat there
-  twice = envelope.shaken(curves * 4, best, np.full(4000, 0.01), 0)
-  half = twice['loss'].std() / moved['loss'].std()
-  assert half == pytest.approx(0.5, abs=0.06)  # four seeds
+  seeds = [c._replace(seed=seed) for c in curves for seed in range(4)]
+  four = envelope.shaken(seeds, best, np.full(4000, 0.01), 0)
+  half = four['loss'].std() / moved['loss'].std()
+  assert half == pytest.approx(0.5, abs=0.06)
+  again = curves * 4  # the same runs: no less noise, and no more optima
+  same = envelope.shaken(again, best, np.full(4000, 0.01), 0)
+  np.testing.assert_allclose(same['loss'], moved['loss'], atol=1e-9)
+  assert envelope.thinned(envelope.optima(again), again) == best
   # Neighbours share curves: their changes are correlated.
   assert np.corrcoef(moved['loss'][:, :2].T)[0, 1] > 0.3
+
+
+def test_shorter_runs_of_a_seed_are_no_other_runs():
+  points, marks = study(noise=0.02)
+  again = [
+    point(p.latents, rows=r, loss=p.fvu / loss_of(p.latents, p.rows)
+          * loss_of(p.latents, r))
+    for p in points
+    for r in (2**23, 2**24)
+  ]  # fmt: skip
+  more = [m for p in again for m in marks_of(p)]
+  one, other = (
+    fits_of(found_of(points + a, marks + b, resamples=400))
+    for a, b in (([], []), (again, more))
+  )
+  width = lambda fit: fit['exponent']['high'] - fit['exponent']['low']
+  for name in ('N_opt(C)|k=32', 'L(C)|k=32'):
+    assert len(one[name]['points']) == len(other[name]['points'])
+    assert width(other[name]) == pytest.approx(width(one[name]), rel=0.1)
+
+
+def test_an_envelope_of_unknown_noise_is_undetermined():
+  few = study(widths=WIDTHS[2:5], noise=0.01)
+  more = study(widths=WIDTHS[3:], ks=(64.0,))
+  found = fits_of(found_of(*map(sum, zip(few, more, strict=True), ([], []))))
+  assert found['L(N)|k=32']['verdict'] == 'too few points'
+  for name in ('N_opt(C)', 'rows_opt(C)', 'L(C)'):
+    fit = found[f'{name}|k=32']
+    assert fit['verdict'] == 'undetermined'
+    assert 'the noise of single runs is not known' in fit['why']
+    assert 'not known' not in found[f'{name}|k=64']['why']
+  spread = lambda fit: fit['exponent']['high'] - fit['exponent']['low']
+  seeds = [
+    point(512, k=64.0, seed=s, loss=1 + 0.002 * (s % 2)) for s in range(12)
+  ]
+  points = few[0] + more[0] + [p._replace(rows=2**14) for p in seeds]
+  told = fits_of(found_of(points, few[1] + more[1]))['N_opt(C)|k=32']
+  assert 'not known' not in told['why']
+  assert spread(told) > 1.5 * spread(found['N_opt(C)|k=32'])
 
 
 def test_computes_whose_best_width_is_an_edge_are_left_out_of_n_opt():
@@ -210,6 +254,50 @@ def test_what_has_not_converged_is_said():
   assert 'convergence is not known' in blind['warnings'][0]
 
 
+def test_short_runs_do_not_say_that_long_ones_fall():
+  points, marks = study(rows=2**26)
+  short, more = study(rows=2**18)
+  fit = lambda points: fits_of(found_of(points, marks + more))['L(N)|k=32']
+  both = fit(points + short)
+  assert not both['warnings'] and {p['x'] for p in both['points']} == set(
+    WIDTHS
+  )
+  at_the_end = E + B * (2**26) ** -BETA
+  assert both['params']['E']['value'] == pytest.approx(at_the_end, rel=1e-6)
+  # One long run is missing: the others are fitted, not all the short ones.
+  lacking = fit([p for p in points if p.latents != 1024] + short)
+  assert lacking['params']['E']['value'] == pytest.approx(at_the_end, rel=1e-6)
+  assert [p['x'] for p in lacking['points']] == [512, *WIDTHS[2:]]
+  assert '1 of 7 widths still fell' in lacking['warnings'][0]
+  assert 'which most widths have; 1 has not' in lacking['warnings'][1]
+
+
+def test_ends_alone_are_compared_at_equal_rows():
+  points = [
+    point(n, seed=seed, rows=r, delta_loss=loss_of(n, r))
+    for n, seed, r in [(n, 0, 2**20) for n in WIDTHS] + [(32768, 1, 2**22)]
+  ]
+  fit = fits_of(found_of(points, [], metric='delta_loss'))['L(N)|k=32']
+  assert fit['params']['alpha']['value'] == pytest.approx(ALPHA, rel=1e-6)
+  assert 'convergence is not known' in fit['warnings'][0]
+
+
+def test_the_joint_law_compares_k_at_rows_that_all_have():
+  points, marks = study(ks=(16.0,), rows=2**18)
+  long, more = study(ks=(32.0,), rows=2**26)
+  fit = fits_of(found_of(points + long, marks + more))['L(N, K)|topk']
+  assert fit['params'] is None
+  assert 'k=16: not converged' in fit['warnings'][0]
+  assert 'no number of rows was trained at every k' in fit['warnings'][1]
+  short = [point(n, rows=2**18) for n in WIDTHS]
+  fits = fits_of(found_of(points + long + short, marks + more))
+  assert fits['L(N, K)|topk']['params']['eta']['value'] == pytest.approx(
+    -0.2, abs=1e-4
+  )
+  assert '262,144 rows' in fits['L(N, K)|topk']['warnings'][1]
+  assert not fits['L(N)|k=32']['warnings']
+
+
 def test_seeds_give_the_noise_and_intervals_never_assume_less():
   found = found_of(*study(seeds=4, noise=0.05))
   assert found['seed_noise'] == pytest.approx(0.05, rel=0.35)
@@ -225,6 +313,24 @@ def test_seeds_give_the_noise_and_intervals_never_assume_less():
   assert told['seed_noise'] == pytest.approx(np.log(1.1) / 2**0.5)
   fit = next(f for f in told['fits'] if f['name'] == 'L(N)|k=32')
   assert width(fit) > 100 * width(alone)
+
+
+def test_what_makes_runs_replicates():
+  noise = lambda *points: slices.seed_noise(points, 'fvu')
+  a, b = point(512, loss=0.3), point(512, seed=1, loss=0.33)
+  assert noise(a, b).scale == pytest.approx(np.log(1.1) / 2**0.5)
+  changed = lambda key, v: b._replace(changes=json.dumps({key: v}))
+  for key in ('mesh.data', 'train.log_rows', 'train.eval_size', 'train.keep'):
+    assert noise(a, changed(key, 2)) == noise(a, b)
+  for key in ('train.micro_batches', 'train.compute_dtype', 'optim.b1'):
+    assert noise(a, changed(key, 2)) is None
+  # A coefficient that was found for an L0 is another for each seed.
+  a, b = (
+    p._replace(activation='jumprelu', l0_coef=c) for p, c in ((a, 1), (b, 2))
+  )
+  assert noise(a, b).free == 1
+  assert noise(*(p._replace(k=None) for p in (a, b))) is None
+  assert noise(*(p._replace(stage='trial') for p in (a, b))) is None
 
 
 def test_noise_that_moves_the_optimum_far_is_said():
@@ -263,9 +369,47 @@ def test_learning_rates():
   assert fit['params']['p']['value'] == pytest.approx(-0.4, abs=1e-6)
   assert fit['params']['a']['value'] == pytest.approx(0.03, rel=1e-6)
   assert len(fits_of(found)['L(N)|k=32']['points']) == 5  # trials are not in it
+  said = (
+    'at 5 of 7 widths learning rates were compared on fewer rows than the '
+    'longest runs have (1,048,576 of 33,554,432 at 512 latents)'
+  )
+  assert fit['warnings'][0].startswith(said)
   [advice] = found['recommendation']
   expected = 0.03 * advice['latents'] ** -0.4
   assert advice['lr'] == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rates_of_the_longest_runs_that_tell():
+  tried = [
+    point(512, lr=lr, loss=0.2 + abs(np.log(lr / best)), rows=rows)
+    for best, rows, lrs in (
+      (1e-3, 2**20, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+      (2e-3, 2**22, (1e-3, 2e-3, 4e-3)),
+      (3e-3, 2**23, (1e-3, 2e-3, 3e-3)),
+      (3e-3, 2**24, (2e-3, 3e-3)),
+    )
+    for lr in lrs
+  ]
+  [(_, lr)], said = slices.best_lrs(tried, 'fvu')
+  assert lr == pytest.approx(2e-3)
+  assert '(4,194,304 of 16,777,216 at 512 latents)' in said[0]
+
+
+def test_trials_at_a_coefficient_are_tried_for_every_l0():
+  points, marks = study(ks=(16.0, 32.0))
+  found = lambda p: p._replace(activation='jumprelu', l0_coef=1 / (p.k or 1))
+  bowl = lambda f: 0.2 * np.exp(0.1 * np.log(f) ** 2)
+  trials = [
+    point(n, k=None, lr=1e-3 * f * at, loss=bowl(f), stage='trial', rows=2**20,
+          activation='jumprelu', l0_coef=c, l0=l0)
+    for n in WIDTHS[::2]
+    for f in (0.5, 1.0, 2.0)
+    for c, l0, at in ((0.1, 15.0, 1), (0.01, 33.0, 2))
+  ]  # fmt: skip
+  fits = fits_of(found_of([found(p) for p in points] + trials, marks))
+  for k, at in ((16, 1e-3), (32, 2e-3)):  # by the trials nearest to that L0
+    fit = fits[f'lr_opt(N)|k={k}']
+    assert [p['y'] for p in fit['points']] == pytest.approx([at] * 4)
 
 
 def test_an_optimum_at_the_edge_is_no_optimum():
@@ -328,6 +472,9 @@ def test_held_out_prediction():
   odd = [p._replace(fvu=2 * p.fvu) if p.latents == 32768 else p for p in points]
   held = fits_of(found_of(odd, marks))['L(N)|k=32']['held_out']
   assert held['predicted'] == pytest.approx(held['measured'] / 2)
+  # Points of an envelope share runs with their neighbours.
+  for name in ('L(C)', 'N_opt(C)', 'rows_opt(C)'):
+    assert fits_of(found_of(points, marks))[f'{name}|k=32']['held_out'] is None
 
 
 def test_recommendation_and_prediction_beyond_the_grid():
@@ -351,6 +498,15 @@ def test_recommendation_and_prediction_beyond_the_grid():
   true = loss_of(n, budget / (12 * D * n))
   assert 0.5 < advice['latents'] / n[np.argmin(true)] < 2
   assert advice['predicted'] == pytest.approx(true.min(), rel=0.1)
+
+
+def test_advice_has_the_warnings_of_its_laws():
+  [one] = found_of(*study(rows=2**18), predict_latents=65536)['predictions']
+  assert any('not converged' in warning for warning in one['warnings'])
+  found = found_of(*study(widths=WIDTHS[3:]), budget_flops=1e14)
+  [edges] = fits_of(found)['N_opt(C)|k=32']['warnings']
+  [advice] = found['recommendation']
+  assert advice['warnings'].count(edges) == 1
 
 
 def test_rounding():
@@ -403,7 +559,12 @@ def _program(monkeypatch, points, marks, *args):
   monkeypatch.setattr(
     study_folder, 'read_study', lambda _: {'config': {'store': store}}
   )
-  monkeypatch.setattr(report, 'write', lambda folder, *_: folder / 'study.html')
+
+  def write(folder, *shown):
+    (folder / 'study.html').write_text(str(shown[-1]))
+    return folder / 'study.html'
+
+  monkeypatch.setattr(report, 'write', write)
   with program('launch/fit_laws.py') as module:
     flags.FLAGS(['fit_laws', *args])
     module.main()
@@ -425,6 +586,17 @@ def test_the_program(monkeypatch, tmp_path, capsys):
   assert 'NaN' not in text and 'Infinity' not in text
   _program(monkeypatch, points, marks, *args)  # and the same again
   assert (tmp_path / 'laws.json').read_text() == text
+  page = (tmp_path / 'study.html').read_text()
+  for bad in ('--metric=fuv', '--level=90'):  # they leave what was good
+    with pytest.raises(UserError, match=bad):
+      _program(monkeypatch, points, marks, *args, bad)
+    assert (tmp_path / 'laws.json').read_text() == text
+    assert (tmp_path / 'study.html').read_text() == page
+  with pytest.raises(UserError, match='no law can be fitted'):
+    _program(monkeypatch, points, marks, *args, '--metric=delta_loss')
+  shown = "{'metric': 'delta_loss', 'flops': 'published'}"
+  assert (tmp_path / 'study.html').read_text() == shown
+  assert not (tmp_path / 'laws.json').exists()
 
 
 def test_decay_is_read_from_the_runs(monkeypatch, tmp_path):

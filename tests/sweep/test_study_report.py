@@ -65,6 +65,7 @@ def fit(name, x, y, xs, ys, **changes):
       'E': {'value': 0.04, 'low': 0.03, 'high': 0.05},
       'alpha': {'value': 0.3123, 'low': 0.29, 'high': 0.33},
     },
+    'exponent': {'value': 0.3123, 'low': 0.29, 'high': 0.33},
     'rms_log_error': 0.0123,
     'curve': {
       'x': far.tolist(), 'y': curve.tolist(), 'low': (curve * 0.95).tolist(),
