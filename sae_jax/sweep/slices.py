@@ -113,9 +113,8 @@ def slices(
     grid = [p for p in tried if p.stage != 'trial']
     if not grid:
       continue
-    if (
-      where['k'] is not None
-    ):  # trials at a coefficient are of no L0, so of all
+    # Trials at a coefficient are of no L0, and so count for each.
+    if where['k'] is not None:
       alike = [p._replace(k=where['k']) for p in loose]
       tried = tried + [p for p in alike if where_is(p) == where]
     runs = _best(grid, metric)

@@ -4,13 +4,15 @@ import json
 import shutil
 
 import pytest
-from train_runs import SITE, overrides, planted_rows, run
+from train_runs import SITE, config_of, overrides, planted_rows, run
 
 import sae_jax
 from sae_jax.store.create import write_arrays
+from sae_jax.train import loop
 from sae_jax.train import run as runs
 
-BAD = {
+# Found out before there is a config.
+BAD_FLAGS = {
   'key': (['--config.optim.lrate=1'], ['lrate', 'lr']),
   'key like no other': (
     ['--config.act.kk=1'],
@@ -18,6 +20,10 @@ BAD = {
   ),
   'type': (['--config.train.rows=many'], ['rows', 'many']),
   'float for int': (['--config.sae.latents=3.5'], ['latents', '3.5']),
+  'argument': (['rows=3'], ["'rows=3'"]),
+  'flag': (['--workdri=x'], ['workdri']),
+}
+BAD = {
   'activation': (['--config.act.name=jumpreul'], ["'jumprelu'"]),
   'd_in': (['--config.sae.d_in=24'], ['24', '16 wide', 'd_in=16']),
   'site': (['--config.store.site=layer_9.resid_post'], [SITE]),
@@ -44,8 +50,6 @@ BAD = {
   'theta_ema': (['--config.act.theta_ema=1.0'], ['theta_ema=1.0', '[0, 1)']),
   'negative': (['--config.optim.lr=-1.0'], ['optim.lr=-1.0']),
   'store': (['--config.store.path=/nowhere'], ['/nowhere']),
-  'argument': (['rows=3'], ["'rows=3'"]),
-  'flag': (['--workdri=x'], ['workdri']),
 }
 
 
@@ -71,19 +75,33 @@ def refused(done, *words):
     assert word in lines[0], lines[0]
 
 
-@pytest.mark.parametrize('case', BAD)
+@pytest.mark.parametrize('case', BAD_FLAGS)
 def test_one_line(tmp_path, store, case):
-  flags, words = BAD[case]
+  flags, words = BAD_FLAGS[case]
   workdir = tmp_path / 'run'
   refused(run(workdir, 'topk.py:demo', *overrides(store), *flags), *words)
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize('case', BAD_BATCHTOPK)
-def test_one_line_of_batchtopk(tmp_path, store, case):
-  flags, words = BAD_BATCHTOPK[case]
+def test_one_line_of_a_config(tmp_path, store):
+  """What the cases below raise reaches the user in that form too."""
+  flags, words = BAD['k']
+  refused(run(tmp_path, 'topk.py:demo', *overrides(store), *flags), *words)
+
+
+@pytest.mark.parametrize(
+  'name, case',
+  [('topk', case) for case in BAD] + [('batchtopk', c) for c in BAD_BATCHTOPK],
+)
+def test_configs_that_cannot_be(tmp_path, store, name, case):
+  flags, words = (BAD if name == 'topk' else BAD_BATCHTOPK)[case]
   workdir = tmp_path / 'run'
-  refused(run(workdir, 'batchtopk.py:demo', *overrides(store), *flags), *words)
+  with pytest.raises(sae_jax.UserError) as error:
+    config = config_of(f'{name}.py:demo', *overrides(store), *flags)
+    loop.train(config, str(workdir))
+  assert '\n' not in str(error.value)
+  for word in words:
+    assert word in str(error.value)
   assert not workdir.exists()
 
 

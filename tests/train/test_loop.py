@@ -52,7 +52,7 @@ def _state(workdir):
 @pytest.mark.smoke
 @pytest.mark.parametrize('name', ['jumprelu', 'topk', 'batchtopk'])
 def test_killed_at_random_it_ends_as_if_never_stopped(tmp_path, store, name):
-  """SIGKILL three times, wherever it happens to be; then to the end."""
+  """SIGKILL, wherever it happens to be; then to the end."""
   flags = overrides(store)
   config = f'{name}.py:demo'
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
@@ -63,19 +63,20 @@ def test_killed_at_random_it_ends_as_if_never_stopped(tmp_path, store, name):
   lines = lambda: len(log.read_bytes().splitlines()) if log.exists() else 0
   rng = np.random.default_rng()  # any moment must do
   saved = lambda: bool(checkpoints.kept_steps(killed))
-  for n, target in enumerate(sorted(rng.integers(14, 40, 3))):
+  kills = 3 if name == 'jumprelu' else 1
+  for n, target in enumerate(sorted(rng.integers(14, 40, kills))):
     child = subprocess.Popen(
       command(killed, config, *flags),
       env=env,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
-    # On a slow disk all three may fall before the first save is written; the
-    # last one must not, or nothing would be resumed.
+    # On a slow disk all may fall before the first save is written; the last
+    # one must not, or nothing would be resumed.
     while child.poll() is None:
-      if lines() >= target and (n < 2 or saved()):
+      if lines() >= target and (n < kills - 1 or saved()):
         break
-      time.sleep(0.001)
+      time.sleep(0.003)
     time.sleep(rng.uniform(0, 0.02))
     child.send_signal(signal.SIGKILL)
     child.wait(timeout=60)

@@ -5,8 +5,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
 ROOT = Path(__file__).parents[2]
 D, ATOMS, SITE = 16, 24, 'layer_0.resid_post'
@@ -50,6 +53,16 @@ def command(workdir, config, *flags):
     sys.executable, str(ROOT / 'launch' / 'train.py'), f'--workdir={workdir}',
     f'--config={ROOT}/configs/{config}', *map(str, flags),
   ]  # fmt: skip
+
+
+def config_of(config, *flags):
+  """The config that launch/train.py makes of these arguments."""
+  values = absl_flags.FlagValues()
+  found = config_flags.DEFINE_config_file('config', flag_values=values)
+  argv = ['train.py', f'--config={ROOT}/configs/{config}', *map(str, flags)]
+  with mock.patch.object(sys, 'argv', argv):  # it looks there for overrides
+    values(argv)
+  return found.value
 
 
 def run(workdir, config, *flags, devices=8, more=(), **kwargs):
