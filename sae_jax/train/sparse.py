@@ -216,13 +216,14 @@ def mean_of_parts(part, x: jax.Array, parts: int):
     return part(x)
   x = x.reshape(-1, parts, x.shape[-1])
   take = lambda j: part(lax.dynamic_index_in_dim(x, j, 1, keepdims=False))
-  zero = jax.tree.map(_zero, jax.eval_shape(take, 0))
+  zero = jax.tree.map(zeros, jax.eval_shape(take, 0))
   add = lambda total, j: (jax.tree.map(jnp.add, total, take(j)), None)
   total, _ = lax.scan(add, zero, jnp.arange(parts))
   return jax.tree.map(lambda a: a if a.dtype == bool else a / parts, total)
 
 
-def _zero(like):
+def zeros(like: Any) -> jax.Array:
+  """Of that shape and type, on the same axes each device's own."""
   return vary(jnp.zeros(like.shape, like.dtype), *varying(like))
 
 

@@ -110,8 +110,10 @@ def step(
     aux = any(isinstance(p, AuxK) for p in penalties)
     any_dead = sum_latents(dead.sum()) > 0
     if not isinstance(params.act, TopK):
-      # AuxK has no sparse rule with BatchTopK.
-      found = sparse.find(params, n, (), dead, budget, dtype)
+      search = lambda: sparse.find(params, n, (), dead, budget, dtype)
+      none = lambda: jax.tree.map(sparse.zeros, jax.eval_shape(search))
+      # AuxK has no sparse rule with BatchTopK: then there is none to find.
+      found = lax.cond(any_dead, none, search) if aux else search()
       return lax.cond(found.over | (any_dead & aux), everything, few, rows)
     if not aux:
       return _after_sums(by_code(penalties), rows, adam)

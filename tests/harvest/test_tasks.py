@@ -22,7 +22,6 @@ from sae_jax.store.budget import planned_bytes
 from sae_jax.store.finish import finalize
 from sae_jax.store.manifest import read_manifest, shard_bytes
 
-pytestmark = pytest.mark.smoke
 PROGRAM = Path(tiny_harvest.__file__)
 ROOT = PROGRAM.parents[2]
 

@@ -14,6 +14,7 @@ from train_runs import (
   ROOT,
   SITE,
   command,
+  config_of,
   overrides,
   planted_rows,
   run,
@@ -23,7 +24,7 @@ import sae_jax
 from sae_jax.parallel.mesh import make_mesh
 from sae_jax.store import reader
 from sae_jax.store.create import write_arrays
-from sae_jax.train import checkpoints, state
+from sae_jax.train import checkpoints, loop, state
 from sae_jax.train import run as runs
 
 
@@ -34,6 +35,11 @@ def _metrics(workdir):
   return [
     {k: v for k, v in json.loads(line).items() if keep(k)} for line in lines
   ]
+
+
+def train(workdir, store, **more):
+  """A run of topk.py:demo in this process."""
+  loop.train(config_of('topk.py:demo', *overrides(store, **more)), str(workdir))
 
 
 def _state(workdir):
@@ -108,7 +114,7 @@ def test_the_same_run_on_every_mesh(tmp_path, store):
   'number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
-  flags = overrides(store, **{'train.rows': 64_000, 'train.save_rows': 64_000})
+  flags = overrides(store, **{'train.rows': 32_000, 'train.save_rows': 64_000})
   env = os.environ | {'PYTHONPATH': str(ROOT)}
   # A shell's background jobs, and so their children, ignore SIGINT: undo it.
   heed = (
@@ -129,11 +135,11 @@ def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
   _, stderr = child.communicate(timeout=60)
   assert child.returncode == code, stderr
   step = checkpoints.find_step(tmp_path)
-  assert 0 < step < 1000 and f'saved at step {step}' in stderr
+  assert 0 < step < 500 and f'saved at step {step}' in stderr
   done = run(tmp_path, 'topk.py:demo', *flags)
   assert done.returncode == 0 and f'going on from step {step}' in done.stderr
   steps = [line['step'] for line in _metrics(tmp_path) if 'train/l0' in line]
-  assert steps == list(range(1, 1001))
+  assert steps == list(range(1, 501))
 
 
 @pytest.mark.slow
@@ -170,8 +176,7 @@ def test_planted_atoms_are_recovered(tmp_path, name):
 
 
 def test_load_gives_raw_units_and_the_newest_checkpoint(tmp_path, store):
-  flags = overrides(store, **{'optim.ema': 0.9})
-  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  train(tmp_path, store, **{'optim.ema': 0.9})
   s = sae_jax.load(tmp_path)
   x = planted_rows(256, seed=5)[0]
   f = s.encode(x)
@@ -186,8 +191,7 @@ def test_load_gives_raw_units_and_the_newest_checkpoint(tmp_path, store):
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path, store):
-  flags = overrides(store, **{'train.keep_rows': 20 * 64, 'train.keep': 1})
-  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  train(tmp_path, store, **{'train.keep_rows': 20 * 64, 'train.keep': 1})
   kept = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
   assert {name for name in kept if name.isdigit()} == {'20', '40'}
 
@@ -212,8 +216,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, store):
 @pytest.mark.parametrize('center', [True, False])
 def test_the_normaliser_comes_from_the_store(tmp_path, store, center):
   """Unit mean squared norm over the first training shard, centred or not."""
-  flags = overrides(store, **{'train.rows': 64, 'sae.center': center})
-  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
+  train(tmp_path, store, **{'train.rows': 64, 'sae.center': center})
   norm = sae_jax.load(tmp_path).norm_in
   rows = np.concatenate(
     [rows for rows, _ in reader.shard_blocks(store, SITE, range(2, 3))]
@@ -227,10 +230,8 @@ def test_the_normaliser_comes_from_the_store(tmp_path, store, center):
 def test_tensorboard_shows_every_logged_step_of_a_resumed_run(tmp_path, store):
   """Read back with TensorBoard's own file format; x is rows."""
   event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
-  flags = overrides(store, **{'train.rows': 20 * 64})
-  assert run(tmp_path, 'topk.py:demo', *flags).returncode == 0
-  more = ['--config.train.rows=2560', '--config.train.resume']
-  assert run(tmp_path, 'topk.py:demo', *flags, *more).returncode == 0
+  train(tmp_path, store, **{'train.rows': 20 * 64})
+  train(tmp_path, store, **{'train.resume': True})
   rows = []
   for file in sorted((tmp_path / 'tensorboard').iterdir()):
     for raw in _records(file.read_bytes()):
