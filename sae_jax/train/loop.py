@@ -57,8 +57,8 @@ def train(config: Config, run_dir: str) -> States:
   Continues from the newest checkpoint of the folder, if there is one. All
   processes of a job call this. Raises UserError for what the user can mend (a
   loss that is not finite among it), SystemExit after SIGTERM (143), Ctrl-C
-  (130) or SIGHUP (129), when all is saved; ends the process with exit code 75 when another one
-  of its job died.
+  (130) or SIGHUP (129), when all is saved; ends the process with exit code 75
+  when another one of its job died.
   """
   validate(config)
   config = plain_members(config)
