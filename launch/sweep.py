@@ -5,6 +5,7 @@ The config file's sweep() says what the points differ in. The same command again
 does only what is missing, whatever was killed. docs/scaling.md has the rest.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def main() -> None:
   given = inherited(sys.argv[1:])
   if _SUBMIT.value == 'print':
     for command in submit.commands(jobs, given):
-      print(submit.in_shell(command))
+      print(shlex.join(command))
   elif jobs:
     said = submit.to_slurm(s, jobs, given, _SLURM.value, LAUNCH.parent)
     logging.info('%s', said)
@@ -114,7 +115,7 @@ def dry_run(entries: list[grid.Entry], machine: Machine) -> None:
   planned = {x.id for job in study.jobs(s) for x in job.specs}
   wanted = drive.wanted(s)
   new = [x for x in wanted if x.id not in planned]
-  left = [drive.left(job) for job in study.jobs(s)]
+  left = [drive.left(job, study.read_job(job.folder)) for job in study.jobs(s)]
   packs = [specs for specs in left if specs]
   packs += packing.pack(new, machine, _most()) if new else []
   later = len(entries) - sum(x.stage == 'grid' for x in wanted)

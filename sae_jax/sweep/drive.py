@@ -6,8 +6,14 @@ newest checkpoint: the points that fail by themselves are recorded with the
 reason, the others end as if nothing had been.
 """
 
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,12 @@ from sae_jax.train.stopping import stop_signals
 from sae_jax.train.writer import read_metrics
 
 _POLL_SECONDS = 10.0  # between looks at others' jobs
+# What says which share of a machine a program has; programs with other shares
+# of it do not wait for each other.
+_SHARE = (
+  'SLURM_JOB_ID', 'CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES',
+  'ROCR_VISIBLE_DEVICES', 'TPU_VISIBLE_CHIPS', 'TPU_VISIBLE_DEVICES',
+)  # fmt: skip
 
 
 def drive(
@@ -39,10 +51,13 @@ def drive(
   """Runs what is missing until nothing is, or what other programs have.
 
   programs: folder of train.py. most: points a job at most, 0 for as many as
-  fit. only: run this job and no other. retry: failed points again. after:
-  called with the run folders of a job's points when they are done; a program
-  to run on them. Raises SystemExit (143, 130) when asked to stop, all saved.
+  fit. only: run this job and no other, whatever else runs on this machine.
+  retry: failed points again. after: called with the run folders of a job's
+  points when they are done; a program to run on them. Raises SystemExit (143,
+  130, 129) when asked to stop, all saved; UserError when this machine cannot
+  train a point.
   """
+  machine = functools.cache(machine)
   retried: set[str] = set() if retry else {'*'}
   seen: set[str] = set()  # jobs that were run here
   with stop_signals() as stop_asked:
@@ -57,15 +72,17 @@ def drive(
         runs = run_job.runs_of(job, study.read_job(job.folder))
         if ended(job, retried) and (job.id in seen or not after(runs)):
           continue
-        with study.claim(job.folder) as descriptor:
-          if descriptor is None or by_hand(job):
+        with _claimed(s, job, not only) as descriptors:
+          if not descriptors or by_hand(job):
             busy.append(job.id)
             continue
+          record = forgiven(study.read_job(job.folder), retried)
+          if todo := left(job, record):  # planned elsewhere, perhaps
+            packing.check_fit(todo, machine())
           ran = True
           seen.add(job.id)
-          record = forgiven(study.read_job(job.folder), retried)
           run_job.run(
-            Running(job, record, programs, descriptor, stop_asked, after)
+            Running(job, record, programs, descriptors, stop_asked, after)
           )
           if retry:  # what failed here is not tried again here
             retried |= set(study.read_job(job.folder)['failed'])
@@ -74,8 +91,27 @@ def drive(
       if only and not busy:
         return
       if not ran:
-        logging.info('waiting for %d jobs of other programs', len(busy))
+        logging.info('waiting for other programs: %d jobs left', len(busy))
         _sleep(_POLL_SECONDS, stop_asked)
+
+
+@contextlib.contextmanager
+def _claimed(s: Study, job: Job, machine: bool) -> Iterator[list[int]]:
+  """The locks of a job and, if asked for, of this machine, whose memory one
+  job may fill; none while another program has one of them."""
+  with contextlib.ExitStack() as stack:
+    folders = [machine_folder(s)] * machine + [job.folder]
+    claims = [stack.enter_context(study.claim(f)) for f in folders]
+    held = [c for c in claims if c is not None]
+    yield held if len(held) == len(folders) else []
+
+
+def machine_folder(s: Study) -> Path:
+  """Where the lock of this program's machine, or share of it, lies."""
+  share = str([os.environ.get(name) for name in _SHARE])
+  host = re.sub(r'[^\w.-]', '_', socket.gethostname())
+  name = f'{host}-{hashlib.sha256(share.encode()).hexdigest()[:8]}'
+  return s.folder / 'machines' / name
 
 
 def by_hand(job: Job) -> bool:
@@ -141,7 +177,7 @@ def results_of(s: Study) -> grid.Results:
     if id in record['failed']:
       return {}
     done = id in record['done']
-    if not done or study.state(job.run(spec), spec.config, True) != 'done':
+    if study.state(job.run(spec), spec.config, done) != 'done':
       return None
     last = [m for m in read_metrics(job.run(spec)) if 'eval/fvu' in m][-1]
     return {k.removeprefix('eval/'): v for k, v in last.items()}
@@ -163,9 +199,8 @@ def ended(job: Job, retried: set[str] = {'*'}) -> bool:  # noqa: B006
   return True
 
 
-def left(job: Job) -> list[Spec]:
+def left(job: Job, record: dict[str, Any]) -> list[Spec]:
   """The points of a job that are neither whole nor have failed."""
-  record = study.read_job(job.folder)
   state = lambda x: study.state(job.run(x), x.config, x.id in record['done'])
   return [
     x for x in job.specs if x.id not in record['failed'] and state(x) != 'done'

@@ -101,6 +101,11 @@ def _checked(base: Config, changes: Mapping[str, Any], what: str) -> Config:
     kinds += [_started(changes) | {key: value} for value in search.ends]
   for kind in kinds:
     found = _merged(base, kind, what)
+    if found.mesh.member != 1:
+      raise UserError(
+        f'{what}: config.mesh.member={found.mesh.member}: not in a study, '
+        'which chooses the members itself: take config.mesh.data and dict'
+      )
     try:
       validate(found)
     except UserError as error:

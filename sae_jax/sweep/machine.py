@@ -19,6 +19,7 @@ class Machine(NamedTuple):
   devices: int
   device_bytes: float  # memory of one; on a CPU all of it
   tflops: float = 0.0  # of a large matrix product in float32 (CPU), or peak
+  host_bytes: float = 0.0  # memory beside that of the devices; 0 on a CPU
 
 
 UNKNOWN = Machine('accelerator', 0, 0.0)
@@ -41,10 +42,11 @@ def _found(speed: bool) -> Machine:
 
   first = jax.devices()[0]
   memory = (first.memory_stats() or {}).get('bytes_limit', 0)
+  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if first.platform == 'cpu':
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    memory, host = host, 0
   rate = perf.peak_tflops() if speed else 0.0
-  return Machine(first.platform, jax.device_count(), memory, rate)
+  return Machine(first.platform, jax.device_count(), memory, rate, host)
 
 
 if __name__ == '__main__':

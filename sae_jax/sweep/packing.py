@@ -92,15 +92,16 @@ def check_fit(specs: Sequence[Spec], machine: Machine) -> None:
 
 def _misfit(config: Config, machine: Machine) -> str:
   c = config.mesh
-  needed = c.member * c.data * c.dict
+  needed = c.data * c.dict
   if machine.devices and needed > machine.devices:
     return (
-      f'config.mesh of {c.member} x {c.data} x {c.dict} = {needed} devices, '
-      f'there are {machine.devices}: change config.mesh or the machine'
+      f'config.mesh of {c.data} x {c.dict} = {needed} devices, there are '
+      f'{machine.devices}: change config.mesh or the machine'
     )
-  if not _fits([config], machine):
+  need = job_bytes([config], machine.platform)[0]
+  if machine.device_bytes and need > _SHARE * machine.device_bytes:
     return (
-      f'needs about {job_bytes([config]) / GIB:.1f} GiB a device, of '
+      f'needs about {need / GIB:.1f} GiB a device, of '
       f'{machine.device_bytes / GIB:.1f} GiB: lower sae.latents or '
       'train.batch_rows, or raise config.mesh.dict'
     )
@@ -108,21 +109,28 @@ def _misfit(config: Config, machine: Machine) -> str:
 
 
 def _fits(configs: Sequence[Config], machine: Machine) -> bool:
-  # Virtual CPU devices share the memory.
-  c = configs[0].mesh
-  times = c.data * c.dict * c.member if machine.platform == 'cpu' else 1
-  if not machine.device_bytes:
-    return True
-  return times * job_bytes(configs) <= _SHARE * machine.device_bytes
+  there = machine.device_bytes, machine.host_bytes
+  need = job_bytes(configs, machine.platform)
+  return all(not b or a <= _SHARE * b for a, b in zip(need, there, strict=True))
 
 
-def job_bytes(configs: Sequence[Config]) -> float:
-  """Memory of one device: all states, one more while it is saved, and what one
-  step needs beside them."""
+def job_bytes(configs: Sequence[Config], platform: str) -> tuple[float, float]:
+  """Memory that a job takes of a device, and of its host beside that.
+
+  On devices lie all states, what one step needs beside them and, of several
+  members, one more state: the one that is taken out of its stack to be saved.
+  A copy of each is in the host's memory until it is written: members are saved
+  at once. On a CPU, which is both, the first is all of it.
+  """
+  mesh = configs[0].mesh
   states = [_state_bytes(c) for c in configs]
   memory = map(arithmetic.memory, configs)
   beside = max(m.gradients + m.batch + m.activations for m in memory)
-  return sum(states) / configs[0].mesh.member + max(states) + beside
+  taken = max(states) if len(states) > 1 else 0.0
+  device, host = sum(states) + taken + beside, sum(states) * mesh.dict
+  if platform != 'cpu':
+    return device, host
+  return device * mesh.data * mesh.dict + host, 0.0
 
 
 def _state_bytes(config: Config) -> float:

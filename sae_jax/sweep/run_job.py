@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,22 +29,25 @@ class Running(NamedTuple):
   job: Job
   record: dict[str, Any]  # its job.json
   programs: Path  # folder of train.py
-  descriptor: int  # of its lock
+  descriptors: Sequence[int]  # of its lock and the machine's
   stop_asked: Callable[[], int]
   # The program that evaluates the points in these folders; [] for none.
   after: Callable[[list[Path]], list[str]]
 
 
 def run(r: Running) -> None:
-  """Trains what is left of the job, together if it can, else point by point.
+  """Trains what is left of the job, together what can be, then one by one.
 
   Raises SystemExit when asked to stop, once all is saved.
   """
   left, began = _left(r), time.monotonic()
   if left:
     logging.info('job %s: %d points', r.job.id, len(left))
-  if len(left) == len(r.job.specs) > 1 and not _failed_together(r):
-    config = packing.job_config(r.job.specs)
+  group = _together(r, left)
+  if len(group) > 1:
+    for spec in group:  # its time is the group's, whatever was tried before
+      r.record['alone'].pop(spec.id, None)
+    config = packing.job_config(group)
     code, reason = _train(r, config, r.job.folder)
     if code:
       logging.warning('job %s failed (%s): point by point', r.job.id, reason)
@@ -100,6 +103,11 @@ def _left(r: Running) -> list[Spec]:
     left.append(spec)
     if done:
       r.record['done'].remove(spec.id)
+    if done and found == 'open':
+      logging.warning(
+        'point %s (%s): its last checkpoint is damaged or gone: goes on from '
+        'the one before', spec.id, grid.in_words(spec.changes),
+      )  # fmt: skip
     if found != 'open':
       place = study.put_aside(folder).name if folder.exists() else 'nothing'
       logging.warning(
@@ -109,9 +117,25 @@ def _left(r: Running) -> list[Spec]:
   return left
 
 
+def _together(r: Running, left: list[Spec]) -> list[Spec]:
+  """Those to train in one process, which goes on from the newest checkpoint
+  that all have; not one that begins anew where others need not."""
+  if not left or _failed_together(r):
+    return []
+  saved = {spec.id: checkpoints.kept_steps(r.job.run(spec)) for spec in left}
+  begun = [spec for spec in left if saved[spec.id]]
+  if len(begun) < len(left) and max(map(len, saved.values())) < 2:
+    return left  # killed in the first round of saves, or before
+  common = set.intersection(*(set(saved[spec.id]) for spec in begun))
+  return begun if common else []
+
+
 def _failed_together(r: Running) -> bool:
-  last = r.record['attempts'][-1:]
-  return bool(last) and last[0]['failed']
+  """Whether points did, since failures were last asked to be tried again."""
+  for attempt in reversed(r.record['attempts']):
+    if attempt.get('points') != 1:
+      return attempt['failed']
+  return False
 
 
 def _train(r: Running, config: Config, folder: Path) -> tuple[int, str]:
@@ -147,8 +171,8 @@ def _train(r: Running, config: Config, folder: Path) -> tuple[int, str]:
 def _start(r: Running, command: list[str]) -> tuple[int, str]:
   """Runs a Python program to its end, and passes signals on to it.
 
-  It has the job's lock too: when this process is killed the job stays taken
-  until the program has ended.
+  It has the locks too: when this process is killed the job and the machine stay
+  taken until the program has ended.
   """
   # Large arrays in huge pages, as in launch/slurm/step.sh.
   huge = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
@@ -158,7 +182,7 @@ def _start(r: Running, command: list[str]) -> tuple[int, str]:
     child = subprocess.Popen(
       [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL, env=huge | os.environ,
-      start_new_session=True, pass_fds=[r.descriptor],
+      start_new_session=True, pass_fds=r.descriptors,
     )  # fmt: skip
     while child.poll() is None:
       if (number := r.stop_asked()) and not told:

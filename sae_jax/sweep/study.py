@@ -4,6 +4,7 @@
   jobs/<job>/job.json         its points; of each that failed the reason
   jobs/<job>/members/<point>/ the run folder of a point
   jobs/<job>/log.txt          what its processes printed
+  machines/<host>-<hash>/     the lock of a machine, or of a share of one
 
 Points are put into jobs once and stay there. All else is read off the run
 folders, so that a job may as well be run by hand. Any number of programs may
@@ -101,7 +102,7 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
           f'--workdir={folder} holds a study of another store than that in '
           f'{base.store.path}: give the old one, or take another folder'
         )
-    elif root.exists() and any(p.name != 'claim' for p in root.iterdir()):
+    elif any(p.name != 'claim' and p.suffix != '.tmp' for p in root.iterdir()):
       raise UserError(
         f'--workdir={folder} is not empty and holds no study: take another '
         'folder'
@@ -237,15 +238,23 @@ def state(run: Path, config: Config, seen_whole: bool = False) -> str:
       keys = changed_keys(read_config(run).to_dict(), config.to_dict())
       if keys:
         return f'its config.json has another {next(iter(keys))}'
+    whole, fault = [], ''
     for step in steps:
-      checkpoints.read_meta(run, step)
+      try:
+        checkpoints.read_meta(run, step)
+        whole.append(step)
+      except Damaged as error:  # training goes on from another one
+        fault = f'{type(error).__name__}: {error}'
+    if fault and not whole:
+      return fault
     evaluated = [m['step'] for m in read_metrics(run) if 'eval/fvu' in m]
   except (
-    UserError, Damaged, ValueError, TypeError, AttributeError, KeyError,
+    UserError, ValueError, TypeError, AttributeError, KeyError,
   ) as error:  # fmt: skip  # what a file of other bytes may lead to
     return ' '.join(f'{type(error).__name__}: {error}'.split())
-  if last not in steps:
-    return 'its last checkpoint is gone' if seen_whole else 'open'
+  if last not in whole:
+    gone = seen_whole and not whole
+    return 'its last checkpoint is gone' if gone else 'open'
   if last not in evaluated:
     return 'its last evaluation is gone'
   return 'done'

@@ -41,10 +41,6 @@ def commands(jobs: Sequence[Job], flags: Sequence[str]) -> list[list[str]]:
   return [[*program, *flags, f'--job={job.id}'] for job in jobs]
 
 
-def in_shell(command: Sequence[str]) -> str:
-  return shlex.join(command)
-
-
 def to_slurm(
   s: Study,
   jobs: Sequence[Job],
@@ -75,7 +71,7 @@ def to_slurm(
     path, record = folder / f'{name}.txt', folder / f'{name}.json'
     here = shlex.quote(os.getcwd())
     lines = [
-      f'cd {here} && exec {in_shell(c)}\n' for c in commands(jobs, flags)
+      f'cd {here} && exec {shlex.join(c)}\n' for c in commands(jobs, flags)
     ]
     write_atomic(path, ''.join(lines))
     # Before the array, which has its name: so a kill cannot hide it.

@@ -56,9 +56,9 @@ def train(config: Config, run_dir: str) -> States:
   With config.members that many, each in a run folder of its own within it.
   Continues from the newest checkpoint of the folder, if there is one. All
   processes of a job call this. Raises UserError for what the user can mend (a
-  loss that is not finite among it), SystemExit after SIGTERM (143) or Ctrl-C
-  (130), when all is saved; ends the process with exit code 75 when another one
-  of its job died.
+  loss that is not finite among it), SystemExit after SIGTERM (143), Ctrl-C
+  (130) or SIGHUP (129), when all is saved; ends the process with exit code 75
+  when another one of its job died.
   """
   validate(config)
   config = plain_members(config)

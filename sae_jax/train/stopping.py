@@ -17,12 +17,13 @@ _REPEAT_SECONDS = 2.0  # in which a second signal is the first one's copy
 _DEFAULT = {
   signal.SIGTERM: signal.SIG_DFL,
   signal.SIGINT: signal.default_int_handler,
+  signal.SIGHUP: signal.SIG_DFL,  # a closed terminal; nohup has it ignored
 }
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-  """Gives a function that tells which of SIGTERM and SIGINT came, or 0.
+  """Gives a function that tells which of SIGTERM, SIGINT and SIGHUP came, or 0.
 
   In a job of several processes all call it as often as each other, under the
   job's mesh, and are told the same: one call late, what came to any of them.

@@ -98,6 +98,10 @@ def test_a_grid_may_grow_but_not_become_another(copy, store):
 
 
 def test_folders_that_are_no_study(store, tmp_path):
+  half = tmp_path / 'new' / 'study.json.1.tmp'  # killed while it was made
+  half.parent.mkdir()
+  half.write_text('{')
+  opened(half.parent, studies.base(store))
   (tmp_path / 'notes.txt').write_text('mine')
   with pytest.raises(UserError, match='not empty and holds no study'):
     opened(tmp_path, studies.base(store))
@@ -106,7 +110,7 @@ def test_folders_that_are_no_study(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'damage', ['config', 'config is a list', 'checkpoint', 'metrics', 'gone']
+  'damage', ['config', 'config is a list', 'checkpoints', 'metrics', 'gone']
 )
 def test_a_corrupt_point_alone_is_trained_again(copy, damage, caplog):
   (job,) = study.jobs(copy)
@@ -117,8 +121,9 @@ def test_a_corrupt_point_alone_is_trained_again(copy, damage, caplog):
       (run / 'config.json').write_text('{"seed": 1')
     case 'config is a list':
       (run / 'config.json').write_text('[]')
-    case 'checkpoint':
-      (run / 'checkpoints' / '20' / 'meta' / 'record.json').write_text('{}')
+    case 'checkpoints':
+      for record in run.glob('checkpoints/*/meta/record.json'):
+        record.write_text('{}')
     case 'metrics':
       (run / 'metrics.jsonl').write_bytes(b'\xff\n')
     case 'gone':
@@ -132,6 +137,65 @@ def test_a_corrupt_point_alone_is_trained_again(copy, damage, caplog):
   assert after.fvu == pytest.approx(before.fvu, rel=1e-4)
   if damage != 'gone':
     assert (run.parent / f'{run.name}.corrupt-1').is_dir()
+
+
+def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(
+  copy, caplog
+):
+  (job,) = study.jobs(copy)
+  run = job.run(job.specs[1])
+  (run / 'checkpoints' / '20' / 'meta' / 'record.json').write_text('{}')
+  assert study.state(run, job.specs[1].config, True) == 'open'
+  go(copy)
+  assert 'goes on from the one before' in caplog.text
+  assert [a['points'] for a in attempts(copy)[0]] == [4, 1]
+  assert states(copy) == ['done'] * 4
+  assert 'going on from step 15' in (job.folder / 'log.txt').read_text()
+
+
+def test_the_others_go_on_together_when_one_begins_anew(copy):
+  (job,) = study.jobs(copy)
+  first, *others = job.specs
+  record = study.read_job(job.folder)
+  record['done'], record['alone'] = [], {s.id: 0 for s in job.specs}
+  study.write_job(job.folder, record)
+  shutil.rmtree(job.run(first))
+  for spec in others:
+    last = job.run(spec) / 'checkpoints' / '20' / 'meta' / 'record.json'
+    last.write_text('{}')
+  go(copy)
+  assert states(copy) == ['done'] * 4
+  assert [a['points'] for a in attempts(copy)[0]] == [4, 3, 1]
+  assert not any(a['failed'] for a in attempts(copy)[0])
+  assert 'going on from step 15' in (job.folder / 'log.txt').read_text()
+  # Their time is that of the job again.
+  assert study.read_job(job.folder)['alone'] == {first.id: 0}
+
+
+def test_points_that_were_planned_for_more_devices(copy):
+  config = studies.base(copy.base.store.path, **{'mesh.dict': 16})
+  (job,) = study.jobs(copy)
+  shutil.rmtree(job.run(job.specs[0]))
+  s = copy._replace(base=config)
+  before = (job.folder / 'job.json').read_text()
+  with pytest.raises(UserError, match='16 devices, there are 8'):
+    go(s, only=job.id)
+  assert (job.folder / 'job.json').read_text() == before
+
+
+def test_one_job_at_a_time_on_a_machine(copy, monkeypatch):
+  (job,) = study.jobs(copy)
+  shutil.rmtree(job.run(job.specs[0]))
+  ran = mock.Mock(side_effect=SystemExit('ran'))
+  monkeypatch.setattr(drive.run_job, 'run', ran)
+  with study.claim(drive.machine_folder(copy)), asked_to_stop():
+    with pytest.raises(SystemExit, match='143'):
+      go(copy)
+    with pytest.raises(SystemExit, match='ran'):
+      go(copy, only=job.id)  # whoever names a job has room for it
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1')  # another share of it
+    with pytest.raises(SystemExit, match='ran'):
+      go(copy)
 
 
 def test_a_point_that_fails_is_reported_and_stops_no_other(store, tmp_path):
@@ -158,9 +222,9 @@ def test_a_point_that_fails_is_reported_and_stops_no_other(store, tmp_path):
   assert [p.fvu for p in tables.read(tmp_path / 's')[0]] == before
 
 
-def start(config, folder, *flags):
+def start(config, folder, *flags, **env):
   return subprocess.Popen(
-    studies.command(config, folder, *flags), env=studies.environment(),
+    studies.command(config, folder, *flags), env=studies.environment() | env,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )  # fmt: skip
 
@@ -192,7 +256,9 @@ def test_a_driver_that_is_killed_goes_on(store, tmp_path, number):
   assert first.returncode == {15: 143, 9: -9}[int(number)], said
   (job,) = (folder / 'jobs').iterdir()
   # Killed, its child goes on, and keeps the job.
-  assert study.is_taken(job) == (number == signal.SIGKILL)
+  (machine,) = (folder / 'machines').iterdir()
+  goes_on = number == signal.SIGKILL
+  assert study.is_taken(job) == study.is_taken(machine) == goes_on
   second = studies.run(config, folder)
   assert second.returncode == 0, second.stderr
   points, _ = tables.read(folder)
@@ -204,7 +270,10 @@ def test_a_driver_that_is_killed_goes_on(store, tmp_path, number):
 def test_two_drivers_do_not_run_a_point_twice(store, tmp_path):
   config = studies.write_config(tmp_path / 'study.py', store)
   folder = tmp_path / 's'
-  both = [start(config, folder, '--points_per_job=2') for _ in range(2)]
+  both = [  # as on two machines
+    start(config, folder, '--points_per_job=2', SLURM_JOB_ID=str(i))
+    for i in range(2)
+  ]
   said = [p.communicate(timeout=240)[0] for p in both]
   assert [p.returncode for p in both] == [0, 0], said
   jobs = list((folder / 'jobs').iterdir())
@@ -306,17 +375,24 @@ def test_what_failed_is_tried_again_together(copy, store, tmp_path):
   assert len(drive.failures(copy)) == 1 and drive.failures(fewer) == []
 
 
-def test_a_job_that_is_run_by_hand_is_left_alone(copy):
-  (job,) = study.jobs(copy)
-  assert (job.folder / 'config.json').exists()
-  shutil.rmtree(job.run(job.specs[0]))
+@contextlib.contextmanager
+def asked_to_stop():
+  """As soon as it waits."""
   asked = itertools.chain([0, 0], itertools.repeat(15))
 
   @contextlib.contextmanager
   def signals():
     yield lambda: next(asked)
 
-  with lock(job.folder), mock.patch.object(drive, 'stop_signals', signals):
+  with mock.patch.object(drive, 'stop_signals', signals):
+    yield
+
+
+def test_a_job_that_is_run_by_hand_is_left_alone(copy):
+  (job,) = study.jobs(copy)
+  assert (job.folder / 'config.json').exists()
+  shutil.rmtree(job.run(job.specs[0]))
+  with lock(job.folder), asked_to_stop():
     assert submit.missing(copy, False, lambda runs: []) == []
     with pytest.raises(SystemExit) as stopped:
       go(copy)

@@ -49,6 +49,7 @@ def test_changes_move_what_refers_to_them(store):
     ([{'optim.lr': 10**400}], 'too large'),
     ([{3: 4}], 'must be dotted keys'),
     ([{'members': ({'seed': 1},)}], 'must be dotted keys'),
+    ([{'mesh.member': 2}], 'mesh.member=2: not in a study.*mesh.data'),
     ([{'optim.lr': Halving((-1.0, 1e-3, 2e-3), rows=64)}], 'optim.lr=-1'),
     ([{'optim.lr': Halving((1e-3, None), rows=64)}], 'point .*NoneType'),
     ([{'optim.lr': Halving((1e-3, 2e-3), rows=64.0)}], 'must be a whole'),
@@ -115,10 +116,26 @@ def test_jobs_are_as_large_as_memory_and_the_limit_allow(store):
   specs = studies.specs(studies.base(store))
   assert len(packing.pack(specs, UNKNOWN)) == 1
   assert list(map(len, packing.pack(specs, UNKNOWN, 3))) == [1, 3]
-  need = packing.job_bytes([s.config for s in specs])
+  configs = [s.config for s in specs]
+  need, _ = packing.job_bytes(configs, 'cpu')
+  device, host = packing.job_bytes(configs, 'gpu')
   for share, jobs in ((0.99, 2), (1.01, 1)):  # 70% may be used
-    packs = packing.pack(specs, Machine('cpu', 1, share * need / 0.7))
-    assert len(packs) == jobs
+    for machine in (
+      Machine('cpu', 1, share * need / 0.7),
+      Machine('gpu', 1, share * device / 0.7, host_bytes=2 * host),
+      Machine('gpu', 1, 2 * device, host_bytes=share * host / 0.7),
+    ):
+      assert len(packing.pack(specs, machine)) == jobs
+
+
+def test_a_cpu_has_room_for_a_copy_of_each_member_that_is_saved(store):
+  configs = [s.config for s in studies.specs(studies.base(store))]
+  (device, host), (all_, none) = (
+    packing.job_bytes(configs, platform) for platform in ('gpu', 'cpu')
+  )
+  assert (all_, none) == (device + host, 0)
+  # Parameters and one moment.
+  assert host == sum(4 * 2 * (2 * 16 + 1) * c.sae.latents for c in configs)
 
 
 def test_points_that_do_not_fit_the_machine(store):

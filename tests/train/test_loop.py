@@ -111,7 +111,8 @@ def test_the_same_run_on_every_mesh(tmp_path, store):
 
 
 @pytest.mark.parametrize(
-  'number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+  'number, code',
+  [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
 )
 def test_signals_save_and_the_next_start_goes_on(tmp_path, store, number, code):
   flags = overrides(store, **{'train.rows': 32_000, 'train.save_rows': 64_000})
