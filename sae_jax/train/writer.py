@@ -2,14 +2,21 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
+
+# Where torch is installed tensorboardX imports it, for tensors that we have
+# not: 2 s of every start. None makes it not importable meanwhile.
+_torch = sys.modules.setdefault('torch', None)  # type: ignore[arg-type]
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _torch is None:
+  del sys.modules['torch']
 
 
 class Writer:
