@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.models.objectives import L0Penalty
 from sae_jax.sweep.search import Ask, Halving, Search, TargetL0
 from sae_jax.train.config import validate
 from sae_jax.train.keys import set_keys
@@ -33,6 +34,8 @@ class Entry(NamedTuple):
   changes: dict[str, Any]
 
 
+# Keys that say how sparse a point is to be: none of their values is best.
+_SPARSITY = ('loss.l0_coef', 'loss.target_l0', 'act.k')
 # Figures of a point that has ended ({} for one that failed), None before.
 Results = Callable[[str], Mapping[str, float] | None]
 
@@ -95,6 +98,11 @@ def _checked(base: Config, changes: Mapping[str, Any], what: str) -> Config:
   valid, too."""
   _merged(base, _plain(changes), what)
   for key, search in _searches(changes).items():
+    if isinstance(search, Halving) and key in _SPARSITY:
+      raise UserError(
+        f'{what}: {key}: Halving would take the one that is least sparse: use '
+        'loss.l0_coef=TargetL0(...), or a point for each'
+      )
     search.check(f'{what}: {key}')
   kinds = [_started(changes)]
   for key, search in _searches(changes).items():
@@ -131,12 +139,31 @@ def resolve(
       if any(figures is None for figures in ended.values()):
         return [specs[v] for v, figures in ended.items() if figures is None]
       for v, figures in ended.items():
-        seen[v, asked.rows] = (figures or {}).get(search.metric)
+        seen[v, asked.rows] = _figure(search, specs[v].config, figures)
     if asked.failure:
       return f'{key}: {asked.failure}'
     known[key] = asked.value
   config = _merged(base, known, 'sweep()')
   return Spec(entry.id, 'grid', known, _aim(config, entry.changes), config)
+
+
+def _figure(
+  search: Search, config: Config, figures: Mapping[str, float] | None
+) -> float | None:
+  """What a search wants to know of a trial; None where it failed."""
+  if not figures:
+    return None
+  if isinstance(search, TargetL0):
+    return figures['l0']
+  if config.act.name != 'jumprelu':
+    return figures['fvu']
+  mse, l0 = figures['mse'], figures['l0']
+  if mse is None or l0 is None:  # not finite
+    return None
+  c = config.loss
+  # Of numbers, not arrays: this program does not hold the devices.
+  penalty: Any = L0Penalty(c.l0_coef, c.target_l0, quadratic=c.target_l0 > 0)
+  return mse + penalty.of(l0, 1.0)
 
 
 def in_words(changes: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ def test_changes_move_what_refers_to_them(store):
     ([{'sae.latents': 64}] * 2, 'there twice'),
     ([{'loss.l0_coef': TargetL0(8, low=2, high=1)}], 'low < high'),
     ([{'optim.lr': Halving((), rows=10)}], 'needs values'),
+    ([{'loss.l0_coef': Halving((1e-3, 1e-2), rows=64)}], 'least sparse'),
     (['sae.latents'], 'not a dict'),
     ([{'train.eval_rows': 0}], 'eval_rows'),
     ([{'train.keep': 1}], 'train.keep=1'),

@@ -45,6 +45,19 @@ def test_an_l0_out_of_reach_says_what_there_was():
   assert '(L0 was none)' in found.failure
 
 
+def test_an_l0_of_zero_is_an_end_of_the_bracket():
+  law = lambda v, r: 100 * (1e-3 / v) ** 0.4 if v < 0.5 else 0.0
+  found, seen = play(TargetL0(16, low=1e-3, high=1), law, 10)
+  assert abs(np.log(law(found.value, 0) / 16)) < 0.05
+  assert 0 in seen.values() and not found.failure
+  # All is dead at once: nothing between.
+  law = lambda v, r: 40.0 if v < 0.03 else 0.0
+  found, seen = play(TargetL0(16, low=1e-3, high=1), law, 10)
+  assert 'falls from 40 to 0 between' in found.failure and len(seen) == 9
+  found, _ = play(TargetL0(16, low=1e-3, high=1), lambda v, r: 0.0, 10)
+  assert '0 at 0.001' in found.failure
+
+
 def test_halving_keeps_the_best_third():
   f = lambda v, r: (np.log(v) - np.log(3)) ** 2 + 1 / r
   found, seen = play(Halving(range(1, 10), rows=10), f, 1000)
@@ -79,6 +92,7 @@ def test_a_point_is_resolved_through_its_trials(store):
       ended[spec.id] = {
         'l0': 0.1 / c.loss.l0_coef,
         'fvu': abs(np.log(c.optim.lr / 1e-2)),
+        'mse': abs(np.log(c.optim.lr / 1e-2)),
       }
   assert [len(w) for w in waves] == [3, 3, 3]
   assert {s.config.train.rows for s in waves[0]} == {640}
@@ -88,3 +102,27 @@ def test_a_point_is_resolved_through_its_trials(store):
   assert found.config.optim.lr == 1e-2
   assert found.config.loss.l0_coef == pytest.approx(0.025, rel=0.05)
   assert found.config.train.rows == 1280 and found.k == 4
+
+
+@pytest.mark.parametrize(
+  'act, target, best',
+  [('topk', 0.0, 1e-2), ('jumprelu', 0.0, 1e-3), ('jumprelu', 6.0, 1e-3)],
+)
+def test_rates_compare_by_the_loss_they_were_trained_on(
+  store, act, target, best
+):
+  config = studies.base(
+    store, **{'act.name': act, 'loss.target_l0': target, 'loss.l0_coef': 0.1}
+  )
+  changes = {'optim.lr': Halving((1e-3, 1e-2), rows=320)}
+  (entry,) = grid.entries(config, [changes])
+  trials = grid.resolve(config, entry, lambda id: None)
+  assert isinstance(trials, list)
+  # The higher rate has the better FVU, with twice the latents.
+  gave = {1e-3: (0.4, 8.0), 1e-2: (0.3, 16.0)}
+  ended = {}
+  for spec in trials:
+    error, l0 = gave[spec.config.optim.lr]
+    ended[spec.id] = {'fvu': error, 'mse': error, 'l0': l0}
+  found = grid.resolve(config, entry, ended.get)
+  assert isinstance(found, grid.Spec) and found.config.optim.lr == best
