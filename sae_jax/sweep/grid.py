@@ -13,7 +13,7 @@ from sae_jax.errors import UserError
 from sae_jax.models.objectives import L0Penalty
 from sae_jax.sweep.search import Ask, Halving, Search, TargetL0
 from sae_jax.train.config import validate
-from sae_jax.train.keys import set_keys
+from sae_jax.train.keys import flatten, set_keys
 from sae_jax.train.run import trajectory
 
 
@@ -88,9 +88,20 @@ def entries(base: Config, sweep: Iterable[Mapping[str, Any]]) -> list[Entry]:
       raise UserError(f'{what}: {error}') from None
     id = _id(config, {k: repr(v) for k, v in _searches(changes).items()})
     if id in found:
-      raise UserError(f'{what} is there twice: sweep() must yield it once')
+      raise UserError(f'{what} {_twice(base, found[id].changes, config)}')
     found[id] = Entry(id, dict(changes))
   return list(found.values())
+
+
+def _twice(base: Config, changes: Mapping[str, Any], config: Config) -> str:
+  other = flatten(_merged(base, _started(changes), 'sweep()').to_dict())
+  keys = [k for k, v in flatten(config.to_dict()).items() if v != other[k]]
+  if not keys:
+    return 'is there twice: sweep() must yield it once'
+  return (
+    f'differs from ({in_words(changes)}) in nothing but {", ".join(keys)}, '
+    'which does not change what a point ends with: leave one of them out'
+  )
 
 
 def _checked(base: Config, changes: Mapping[str, Any], what: str) -> Config:

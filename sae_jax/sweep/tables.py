@@ -51,7 +51,7 @@ class Point(NamedTuple):
   flops_executed: float  # of the products that were done
   seconds: float  # of training; in a stack its share, by executed FLOPs
   device_hours: float
-  members: int  # trained together with it, itself included
+  members: int  # of its job; 1 where it was trained by itself
   folder: str  # its run folder
 
 
@@ -122,14 +122,7 @@ def _work(config: Config, lines: Sequence[dict[str, Any]]) -> _Work:
   steps, executed, seconds = [0], [0.0], [0.0]
   for i, m in enumerate(logged):
     n = m['step'] - steps[-1]
-    c = config
-    aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
-    aux = aux and (m['train/dead'] or 0) > 0
-    active = 0 if m['train/dense'] else m['train/l0'] or 0
-    active += aux * c.loss.aux_k if active else 0
-    flops = perf.step_flops(
-      c.train.batch_rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
-    )
+    flops = perf.logged_flops(config, m)
     ms = next((x for x in pace[i:] + pace[::-1] if x), 0.0)
     steps.append(m['step'])
     executed.append(executed[-1] + n * flops['executed'])
@@ -213,7 +206,7 @@ def _point(
     flops_executed=last.flops_executed if last else 0.0,
     seconds=seconds,
     device_hours=seconds * devices / 3600,
-    members=len(job.specs),
+    members=len(job.specs) if record['alone'].get(spec.id, 1) else 1,
     folder=str(job.run(spec)),
   )
 

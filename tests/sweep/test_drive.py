@@ -336,6 +336,10 @@ def test_time_alone_is_a_points_own(copy):
   assert points[first].seconds < after[first].seconds < total
   others = [id for id in points if id != first]
   assert all(after[id] == points[id] for id in others)
+  assert after[first].members == 4
+  record['alone'][first] = 0
+  study.write_job(job.folder, record)
+  assert [p.members for p in tables.read(copy.folder)[0]] == [1, 4, 4, 4]
 
 
 def test_dry_run_writes_nothing(store, tmp_path):

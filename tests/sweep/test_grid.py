@@ -39,6 +39,10 @@ def test_changes_move_what_refers_to_them(store):
     ([{'act.k': 64}], r'point \(act.k=64\): config.act.k=64 is more than'),
     ([{'sae.latents': 30, 'mesh.dict': 4}], r'not divisible.*mesh.dict'),
     ([{'sae.latents': 64}] * 2, 'there twice'),
+    (
+      [{'sae.latents': 64}, {'sae.latents': 64, 'train.codes': 'dense'}],
+      r'differs from \(sae.latents=64\) in nothing but train.codes',
+    ),
     ([{'loss.l0_coef': TargetL0(8, low=2, high=1)}], 'low < high'),
     ([{'optim.lr': Halving((), rows=10)}], 'needs values'),
     ([{'loss.l0_coef': Halving((1e-3, 1e-2), rows=64)}], 'least sparse'),
