@@ -141,7 +141,7 @@ def tell(s: study.Study) -> None:
   for what, why in failed:
     logging.warning('failed: %s: %s', what, why)
   results = drive.results_of(s)
-  done = sum(bool(results(e.id)) for e in s.entries)
+  done = sum(bool(results(e.id)) for e in study.entries(s))
   logging.info('%d of %d points are done: %s', done, len(s.entries), s.folder)
   runs: list[Path] = []
   for job in study.jobs(s):

@@ -36,6 +36,9 @@ class Entry(NamedTuple):
 
 # Keys that say how sparse a point is to be: none of their values is best.
 _SPARSITY = ('loss.l0_coef', 'loss.target_l0', 'act.k')
+# Keys that came after studies had been made, with their defaults: part of an id
+# only where they have another value, so that ids stay what they were.
+LATER: dict[str, Any] = {}
 # Figures of a point that has ended ({} for one that failed), None before.
 Results = Callable[[str], Mapping[str, float] | None]
 
@@ -86,7 +89,7 @@ def entries(base: Config, sweep: Iterable[Mapping[str, Any]]) -> list[Entry]:
       config = _checked(base, changes, what)
     except (TypeError, ValueError, OverflowError) as error:
       raise UserError(f'{what}: {error}') from None
-    id = _id(config, {k: repr(v) for k, v in _searches(changes).items()})
+    id = id_of(config, {k: repr(v) for k, v in _searches(changes).items()})
     if id in found:
       raise UserError(f'{what} {_twice(base, found[id].changes, config)}')
     found[id] = Entry(id, dict(changes))
@@ -177,6 +180,14 @@ def _figure(
   return mse + penalty.of(l0, 1.0)
 
 
+def begun(base: Config, entry: Entry) -> Spec:
+  """A point whose values are yet to be found, with those that searches begin
+  from."""
+  known = _started(entry.changes)
+  config = _merged(base, known, 'sweep()')
+  return Spec(entry.id, 'grid', known, _aim(config, entry.changes), config)
+
+
 def in_words(changes: Mapping[str, Any]) -> str:
   """'sae.latents=512, act.k=16'."""
   if not isinstance(changes, Mapping):
@@ -193,6 +204,14 @@ def read_spec(record: Mapping[str, Any], base: Config) -> Spec:
   )
 
 
+def id_of(config: Config, more: Mapping[str, str] = {}) -> str:  # noqa: B006
+  """Hash of all that decides what a run ends with, and of `more`."""
+  flat = trajectory(config.to_dict())
+  what = {k: v for k, v in flat.items() if k not in LATER or v != LATER[k]}
+  text = json.dumps(what | dict(more), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def record_of(spec: Spec, base: Config) -> dict[str, Any]:
   """What says all of a point in JSON, beside the base: the changes, and the
   keys that followed them because they refer to others."""
@@ -204,7 +223,7 @@ def record_of(spec: Spec, base: Config) -> dict[str, Any]:
 
 def _trial(base: Config, changes: dict[str, Any]) -> Spec:
   config = _merged(base, changes, 'sweep()')
-  return Spec(_id(config), 'trial', changes, _aim(config, changes), config)
+  return Spec(id_of(config), 'trial', changes, _aim(config, changes), config)
 
 
 def _searches(changes: Mapping[str, Any]) -> dict[str, Search]:
@@ -241,9 +260,3 @@ def _aim(config: Config, changes: Mapping[str, Any]) -> float | None:
     if isinstance(search, TargetL0):
       return float(search.l0)
   return float(config.loss.target_l0) or None
-
-
-def _id(config: Config, more: Mapping[str, str] = {}) -> str:  # noqa: B006
-  what = trajectory(config.to_dict()) | dict(more)
-  text = json.dumps(what, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
