@@ -126,13 +126,18 @@ def dry_run(entries: list[grid.Entry], machine: Machine) -> None:
 
 def evaluation(runs: list[Path]) -> list[str]:
   """The program that evaluates run folders with the language model."""
-  left = [run for run in runs if not tables.evaluation(run)]
-  if not left or not _SEQUENCES.value:
+  left = _lacking(runs)
+  if not left:
     return []
   return [
     str(LAUNCH / 'evaluate.py'), f'--sequences={_SEQUENCES.value}',
     '--rows=8192', '--contexts=0', *(f'--workdir={run}' for run in left),
   ]  # fmt: skip
+
+
+def _lacking(runs: list[Path]) -> list[Path]:
+  count = _SEQUENCES.value
+  return [r for r in runs if count and not tables.evaluated(r, count)]
 
 
 def tell(s: study.Study) -> None:
@@ -146,11 +151,11 @@ def tell(s: study.Study) -> None:
   runs: list[Path] = []
   for job in study.jobs(s):
     runs += run_job.runs_of(job, study.read_job(job.folder))
-  lacking = [run for run in runs if not tables.evaluation(run)]
-  if lacking and _SEQUENCES.value:
+  if lacking := _lacking(runs):
     logging.warning(
-      '%d of them have no delta loss: the reason is in log.txt of their jobs, '
-      'the same command tries again', len(lacking),
+      '%d of them have no delta loss on %d sequences: the reason is in log.txt '
+      'of their jobs, the same command tries again', len(lacking),
+      _SEQUENCES.value,
     )  # fmt: skip
   if failed:
     raise UserError(

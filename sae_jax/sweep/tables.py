@@ -227,7 +227,20 @@ def _point(
 
 def evaluation(run: Path) -> dict[str, Any]:
   """The figures of evaluation.json, if there is one."""
+  return _evaluation(run)['figures']
+
+
+def evaluated(run: Path, sequences: int) -> bool:
+  """Whether it has a delta loss, on so many sequences or on all there are."""
+  found = _evaluation(run)
+  there = found.get('held_out_sequences', sequences)
+  wanted = min(sequences, there)
+  return 'delta_loss' in found['figures'] and found.get('sequences') == wanted
+
+
+def _evaluation(run: Path) -> dict[str, Any]:
   try:
-    return json.loads((run / 'evaluation.json').read_text())['figures']
+    found = json.loads((run / 'evaluation.json').read_text())
+    return found | {'figures': dict(found['figures'])}
   except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
-    return {}
+    return {'figures': {}}

@@ -281,6 +281,26 @@ def test_evaluations_that_were_cut_off_are_made_up(copy, tmp_path):
   go(copy, after=after)  # tried once, and ends
 
 
+def test_delta_losses_are_of_the_same_sequences(tmp_path):
+  def evaluated(sequences=16, record=None, **figures):
+    record = {'figures': figures, 'held_out_sequences': 40} | (record or {})
+    (tmp_path / 'evaluation.json').write_text(json.dumps(record))
+    return tables.evaluated(tmp_path, sequences)
+
+  assert not tables.evaluated(tmp_path, 16)
+  assert evaluated(record={'sequences': 16}, delta_loss=0.5)
+  assert evaluated(64, {'sequences': 40}, delta_loss=0.5)  # all there are
+  assert not evaluated(record={'sequences': 0}, fvu=0.1)  # --nolm
+  assert not evaluated(32, {'sequences': 16}, delta_loss=0.5)
+  assert not evaluated(record={'sequences': 64}, delta_loss=0.5)
+  assert not evaluated(record={'figures': [1]})
+  with program('launch/sweep.py') as sweep:
+    sweep._SEQUENCES = mock.Mock(value=16)
+    assert sweep.evaluation([tmp_path])[-1] == f'--workdir={tmp_path}'
+    assert evaluated(record={'sequences': 16}, delta_loss=0.5)
+    assert sweep.evaluation([tmp_path]) == []
+
+
 def test_what_failed_is_tried_again_together(copy, store, tmp_path):
   (job,) = study.jobs(copy)
   record = study.read_job(job.folder)
