@@ -117,10 +117,13 @@ def dry_run(entries: list[grid.Entry], machine: Machine) -> None:
   left = [drive.left(job) for job in study.jobs(s)]
   packs = [specs for specs in left if specs]
   packs += packing.pack(new, machine, _most()) if new else []
-  later = len(entries) - sum(x.stage == 'grid' for x in wanted)
-  later -= len(drive.unfound(s))
+  waiting = [
+    grid.ahead(s.base, entry, drive.results_of(s))
+    for entry, found in drive.unplanned(s)
+    if isinstance(found, list)
+  ]
   print(
-    estimate.text(packs, machine, later, len(planned) - sum(map(len, left)))
+    estimate.text(packs, machine, waiting, len(planned) - sum(map(len, left)))
   )
 
 

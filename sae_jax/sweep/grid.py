@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.objectives import L0Penalty
-from sae_jax.sweep.search import Ask, Halving, Search, TargetL0
+from sae_jax.sweep.search import Ask, Found, Halving, Search, TargetL0
 from sae_jax.train.config import validate
 from sae_jax.train.keys import flatten, set_keys
 from sae_jax.train.run import trajectory
@@ -142,23 +142,57 @@ def resolve(
   """The point, or the trials that must end before, or why there is none."""
   known = _started(entry.changes)
   for key, search in _searches(entry.changes).items():
-    rows = _merged(base, known, 'sweep()').train.rows
-    trial = lambda value, rows, key=key: _trial(
-      base, known | {key: value, 'train.rows': rows}
-    )
-    seen: dict[tuple[float, int], float | None] = {}
-    while isinstance(asked := search.next(seen, rows), Ask):
-      specs = {v: trial(v, asked.rows) for v in asked.values}
-      ended = {v: results(spec.id) for v, spec in specs.items()}
-      if any(figures is None for figures in ended.values()):
-        return [specs[v] for v, figures in ended.items() if figures is None]
-      for v, figures in ended.items():
-        seen[v, asked.rows] = _figure(search, specs[v].config, figures)
-    if asked.failure:
-      return f'{key}: {asked.failure}'
-    known[key] = asked.value
+    found = _run(base, known, key, search, results)
+    if not isinstance(found, Found):
+      return found[0]
+    if found.failure:
+      return f'{key}: {found.failure}'
+    known[key] = found.value
   config = _merged(base, known, 'sweep()')
   return Spec(entry.id, 'grid', known, _aim(config, entry.changes), config)
+
+
+def ahead(base: Config, entry: Entry, results: Results) -> list[Config]:
+  """What else there is to train at most, when the trials that `resolve` asks
+  for have ended: more trials, and the point, each at the values that searches
+  begin from."""
+  known, later, waits = _started(entry.changes), [], False
+  for key, search in _searches(entry.changes).items():
+    taken = 0
+    if not waits:
+      found = _run(base, known, key, search, results)
+      if isinstance(found, Found):
+        known[key] = found.value
+        continue
+      taken, waits = len(found[0]) + found[1], True
+    trials = search.most(_merged(base, known, 'sweep()').train.rows)
+    later += [known | {'train.rows': rows} for rows in trials[taken:]]
+  return [_merged(base, x, 'sweep()') for x in [*later, known]]
+
+
+def _run(
+  base: Config,
+  known: Mapping[str, Any],
+  key: str,
+  search: Search,
+  results: Results,
+) -> Found | tuple[list[Spec], int]:
+  """The end of a search; or the trials that must end before, and how many
+  have."""
+  rows = _merged(base, known, 'sweep()').train.rows
+  seen: dict[tuple[float, int], float | None] = {}
+  while isinstance(asked := search.next(seen, rows), Ask):
+    specs = {
+      v: _trial(base, dict(known) | {key: v, 'train.rows': asked.rows})
+      for v in asked.values
+    }
+    ended = {v: results(spec.id) for v, spec in specs.items()}
+    left = [specs[v] for v, figures in ended.items() if figures is None]
+    if left:
+      return left, len(seen) + len(specs) - len(left)
+    for v, figures in ended.items():
+      seen[v, asked.rows] = _figure(search, specs[v].config, figures)
+  return asked
 
 
 def _figure(

@@ -68,6 +68,10 @@ class TargetL0(NamedTuple):
       raise UserError(f'{what}: needs tries >= 2, rounds >= 1 and rows >= 0')
     _whole(what, self.rows, self.tries, self.rounds)
 
+  def most(self, rows: int) -> list[int]:
+    """Rows of each trial there can be, for a point of so many rows."""
+    return [min(self.rows or rows, rows)] * (self.tries * self.rounds)
+
   def next(self, seen: Seen, rows: int) -> Ask | Found:
     """rows: of the point."""
     rows = min(self.rows or rows, rows)
@@ -97,7 +101,8 @@ class TargetL0(NamedTuple):
     (a, l0_a), (b, l0_b) = min(around, key=lambda p: p[1][0] / p[0][0])
     share = math.log(l0_a / self.l0) / math.log(l0_a / l0_b) if l0_b else 0.5
     guess = _rounded(a * (b / a) ** share)
-    if len(seen) >= self.tries * self.rounds:
+    left = self.tries * self.rounds - len(seen)
+    if left <= 0:
       if l0_b:
         return Found(guess)
       return Found(
@@ -112,7 +117,7 @@ class TargetL0(NamedTuple):
       for i in range(self.tries)
     ]
     missing = [v for v in near if (v, rows) not in seen]
-    return Ask(missing, rows) if missing else Found(guess)
+    return Ask(missing[:left], rows) if missing else Found(guess)
 
 
 class Halving(NamedTuple):
@@ -144,6 +149,15 @@ class Halving(NamedTuple):
     if not len(self.values) or self.rows < 1 or self.eta < 2:
       raise UserError(f'{what}: needs values, rows >= 1 and eta >= 2')
     _whole(what, self.rows, self.eta)
+
+  def most(self, rows: int) -> list[int]:
+    """Rows of each trial there can be, for a point of so many rows."""
+    left, at = len(set(self.values)), min(self.rows, rows)
+    found = [at] * left
+    while (left := math.ceil(left / self.eta)) > 1 and at * self.eta <= rows:
+      at *= self.eta
+      found += [at] * left
+    return found
 
   def next(self, seen: Seen, rows: int) -> Ask | Found:
     """rows: of the point."""

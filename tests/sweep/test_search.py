@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import studies
 
-from sae_jax.sweep import grid
+from sae_jax.sweep import estimate, grid
+from sae_jax.sweep.machine import UNKNOWN
 from sae_jax.sweep.search import Ask, Halving, TargetL0
 
 pytestmark = pytest.mark.smoke
@@ -62,6 +63,7 @@ def test_halving_keeps_the_best_third():
   f = lambda v, r: (np.log(v) - np.log(3)) ** 2 + 1 / r
   found, seen = play(Halving(range(1, 10), rows=10), f, 1000)
   assert found.value == 3
+  assert sorted(r for _, r in seen) == Halving(range(1, 10), rows=10).most(1000)
   count = lambda rows: sum(r == rows for _, r in seen)
   assert [count(r) for r in (10, 30, 90)] == [9, 3, 0]
 
@@ -70,6 +72,7 @@ def test_halving_spends_no_more_than_the_point_and_survives_failures():
   f = lambda v, r: None if v == 1 else v
   found, seen = play(Halving((1, 2, 3, 4), rows=10, eta=2), f, 15)
   assert found.value == 2 and {r for _, r in seen} == {10}
+  assert Halving((1, 2, 3, 4), rows=10, eta=2).most(15) == [10] * 4
   found, _ = play(Halving((1, 2), rows=10), lambda v, r: None, 15)
   assert 'failed' in found.failure
 
@@ -83,9 +86,10 @@ def test_a_point_is_resolved_through_its_trials(store):
   }
   (entry,) = grid.entries(config, [changes])
   ended = {}
-  waves = []
+  waves, ahead = [], []
   while isinstance(found := grid.resolve(config, entry, ended.get), list):
     waves.append(found)
+    ahead.append(grid.ahead(config, entry, ended.get))
     for spec in found:
       c = spec.config
       assert spec.stage == 'trial' and c.sae.latents == 64
@@ -95,6 +99,15 @@ def test_a_point_is_resolved_through_its_trials(store):
         'mse': abs(np.log(c.optim.lr / 1e-2)),
       }
   assert [len(w) for w in waves] == [3, 3, 3]
+  assert [len(configs) for configs in ahead] == [6 + 3 + 1, 3 + 3 + 1, 1]
+  rows = [c.train.rows for c in ahead[0]]
+  assert rows == [640] * 6 + [320] * 3 + [1280]
+  said = estimate.text([waves[0]], UNKNOWN, ahead[:1], 0)
+  total = 12 * 16 * 64 * (9 * 640 + 3 * 320 + 1280)
+  assert f'at most {total:.3g} FLOPs' in said and 'no estimate of' in said
+  assert '1 points more when' in said and 'at most 9 trials more' in said
+  said = estimate.text([waves[0]], UNKNOWN._replace(tflops=1.0), [], 0)
+  assert 'at most' not in said and 'about' in said
   assert {s.config.train.rows for s in waves[0]} == {640}
   assert {s.config.optim.lr for s in waves[0]} == {1e-3}  # meanwhile
   assert {s.config.train.rows for s in waves[-1]} == {320}
