@@ -118,22 +118,30 @@ def dry_run(entries: list[grid.Entry], machine: Machine) -> None:
   left = [drive.left(job, study.read_job(job.folder)) for job in study.jobs(s)]
   packs = [specs for specs in left if specs]
   packs += packing.pack(new, machine, _most()) if new else []
-  later = len(entries) - sum(x.stage == 'grid' for x in wanted)
-  later -= len(drive.unfound(s))
+  waiting = [
+    grid.ahead(s.base, entry, drive.results_of(s))
+    for entry, found in drive.unplanned(s)
+    if isinstance(found, list)
+  ]
   print(
-    estimate.text(packs, machine, later, len(planned) - sum(map(len, left)))
+    estimate.text(packs, machine, waiting, len(planned) - sum(map(len, left)))
   )
 
 
 def evaluation(runs: list[Path]) -> list[str]:
   """The program that evaluates run folders with the language model."""
-  left = [run for run in runs if not tables.evaluation(run)]
-  if not left or not _SEQUENCES.value:
+  left = _lacking(runs)
+  if not left:
     return []
   return [
     str(LAUNCH / 'evaluate.py'), f'--sequences={_SEQUENCES.value}',
     '--rows=8192', '--contexts=0', *(f'--workdir={run}' for run in left),
   ]  # fmt: skip
+
+
+def _lacking(runs: list[Path]) -> list[Path]:
+  count = _SEQUENCES.value
+  return [r for r in runs if count and not tables.evaluated(r, count)]
 
 
 def tell(s: study.Study) -> None:
@@ -142,16 +150,16 @@ def tell(s: study.Study) -> None:
   for what, why in failed:
     logging.warning('failed: %s: %s', what, why)
   results = drive.results_of(s)
-  done = sum(bool(results(e.id)) for e in s.entries)
+  done = sum(bool(results(e.id)) for e in study.entries(s))
   logging.info('%d of %d points are done: %s', done, len(s.entries), s.folder)
   runs: list[Path] = []
   for job in study.jobs(s):
     runs += run_job.runs_of(job, study.read_job(job.folder))
-  lacking = [run for run in runs if not tables.evaluation(run)]
-  if lacking and _SEQUENCES.value:
+  if lacking := _lacking(runs):
     logging.warning(
-      '%d of them have no delta loss: the reason is in log.txt of their jobs, '
-      'the same command tries again', len(lacking),
+      '%d of them have no delta loss on %d sequences: the reason is in log.txt '
+      'of their jobs, the same command tries again', len(lacking),
+      _SEQUENCES.value,
     )  # fmt: skip
   if failed:
     raise UserError(

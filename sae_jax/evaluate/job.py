@@ -222,6 +222,7 @@ def record(
     },
     'rows': rebuilt.rows,
     'sequences': spliced.sequences if spliced else 0,
+    'held_out_sequences': run.held_out.whole,
     'predictions': spliced.predictions if spliced else 0,
     'figures': values,
     'units': figures.units(values),

@@ -58,8 +58,8 @@ def drive(
   train a point.
   """
   machine = functools.cache(machine)
-  retried: set[str] = set() if retry else {'*'}
-  seen: set[str] = set()  # jobs that were run here
+  retried: set[str] = gone(s) if retry else {'*'}
+  seen: set[Path] = set()  # runs that `after` was called with here
   with stop_signals() as stop_asked:
     while True:
       if not only:
@@ -70,7 +70,7 @@ def drive(
         raise UserError(f'--job={only}: {s.folder} has no such job')
       for job in jobs:
         runs = run_job.runs_of(job, study.read_job(job.folder))
-        if ended(job, retried) and (job.id in seen or not after(runs)):
+        if ended(job, retried) and (seen >= set(runs) or not after(runs)):
           continue
         with _claimed(s, job, not only) as descriptors:
           if not descriptors or by_hand(job):
@@ -80,12 +80,13 @@ def drive(
           if todo := left(job, record):  # planned elsewhere, perhaps
             packing.check_fit(todo, machine())
           ran = True
-          seen.add(job.id)
           run_job.run(
             Running(job, record, programs, descriptors, stop_asked, after)
           )
+          record = study.read_job(job.folder)
+          seen |= set(run_job.runs_of(job, record))
           if retry:  # what failed here is not tried again here
-            retried |= set(study.read_job(job.folder)['failed'])
+            retried |= set(record['failed'])
       if not ran and not busy:
         return
       if only and not busy:
@@ -135,11 +136,30 @@ def forgiven(record: dict[str, Any], retried: set[str]) -> dict[str, Any]:
   return record
 
 
+def gone(s: Study) -> set[str]:
+  """Points in jobs that have left the grid: not to be tried again."""
+  ids = study.grid_ids(study.read_study(s.folder))
+  specs = [spec for job in study.jobs(s) for spec in job.specs]
+  return {x.id for x in specs if x.stage == 'grid' and x.id not in ids}
+
+
 def plan(s: Study, machine: Callable[[], Machine], most: int) -> None:
   """Puts points that are in no job yet into jobs; those that searches ask for
   when their trials have ended among them."""
   with study.locked(s.folder):
     planned = {spec.id for job in study.jobs(s) for spec in job.specs}
+    waiting, stands = {}, {}
+    for entry, found in unplanned(s):
+      if isinstance(found, Spec):
+        if found.id in planned:
+          stands[entry.id] = [found.id, found.k]
+        continue
+      state = ['missing', 'its trials have not ended']
+      if isinstance(found, str):
+        state = ['failed', found]
+      point = grid.record_of(grid.begun(s.base, entry), s.base)
+      waiting[entry.id] = point | {'state': state}
+    study.note(s, waiting, stands)
     new = [x for x in wanted(s) if x.id not in planned]
     if new:
       study.add_jobs(s, packing.pack(new, machine(), most))
@@ -148,21 +168,31 @@ def plan(s: Study, machine: Callable[[], Machine], most: int) -> None:
 def wanted(s: Study) -> list[Spec]:
   """The points and trials that can be run by now, each once. Those that are
   in a job are as they were put there."""
-  planned = {spec.id: spec for job in study.jobs(s) for spec in job.specs}
-  found: list[Spec] = []
-  results = results_of(s)
-  for entry in s.entries:
-    if entry.id in planned:
-      found.append(planned[entry.id])
-      continue
-    match grid.resolve(s.base, entry, results):
-      case Spec() as spec:
-        found.append(spec)
-      case list() as trials:
-        found += trials
+  ids = {e.id for e in study.entries(s)}
+  found = [x for job in study.jobs(s) for x in job.specs if x.id in ids]
+  for _, one in unplanned(s):
+    if not isinstance(one, str):
+      found += [one] if isinstance(one, Spec) else one
   # A point of the grid may be a trial of another.
   found.sort(key=lambda spec: spec.stage == 'grid')
   return list({spec.id: spec for spec in found}.values())
+
+
+def unplanned(s: Study) -> list[tuple[Entry, Spec | list[Spec] | str]]:
+  """The points that are in no job, and what `grid.resolve` says of them. Where
+  a trial is the same run it stands for the point, which has its id."""
+  planned = {spec.id: spec for job in study.jobs(s) for spec in job.specs}
+  free = {id for id, spec in planned.items() if spec.stage == 'trial'}
+  results, found = results_of(s), []
+  for entry in study.entries(s):
+    if entry.id in planned:
+      continue
+    what = grid.resolve(s.base, entry, results)
+    if isinstance(what, Spec) and (id := grid.id_of(what.config)) in free:
+      free.remove(id)  # of two such points the other is trained
+      what = what._replace(id=id)
+    found.append((entry, what))
+  return found
 
 
 def results_of(s: Study) -> grid.Results:
@@ -223,7 +253,8 @@ def failures(s: Study, only: str = '') -> list[tuple[str, str]]:
   """(point in words, reason) of the points of the grid that failed, those
   among them that no search found a value for; of one job, if `only` names it.
   A trial that failed is its search's business."""
-  found, wanted = [], {e.id for e in s.entries}  # a grid may lose points
+  # A grid may lose points.
+  found, wanted = [], {e.id for e in study.entries(s)}
   for job in study.jobs(s):
     failed = study.read_job(job.folder)['failed']
     found += [
@@ -238,11 +269,4 @@ def failures(s: Study, only: str = '') -> list[tuple[str, str]]:
 
 def unfound(s: Study) -> list[tuple[Entry, str]]:
   """Points that no search found a value for, and why."""
-  planned = {spec.id for job in study.jobs(s) for spec in job.specs}
-  results = results_of(s)
-  resolved = [
-    (e, grid.resolve(s.base, e, results))
-    for e in s.entries
-    if e.id not in planned
-  ]
-  return [(e, why) for e, why in resolved if isinstance(why, str)]
+  return [(e, why) for e, why in unplanned(s) if isinstance(why, str)]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.sweep.search import Ask, Halving, Search, TargetL0
+from sae_jax.models.objectives import L0Penalty
+from sae_jax.sweep.search import Ask, Found, Halving, Search, TargetL0
 from sae_jax.train.config import validate
-from sae_jax.train.keys import set_keys
+from sae_jax.train.keys import flatten, set_keys
 from sae_jax.train.run import trajectory
 
 
@@ -33,6 +34,11 @@ class Entry(NamedTuple):
   changes: dict[str, Any]
 
 
+# Keys that say how sparse a point is to be: none of their values is best.
+_SPARSITY = ('loss.l0_coef', 'loss.target_l0', 'act.k')
+# Keys that came after studies had been made, with their defaults: part of an id
+# only where they have another value, so that ids stay what they were.
+LATER: dict[str, Any] = {}
 # Figures of a point that has ended ({} for one that failed), None before.
 Results = Callable[[str], Mapping[str, float] | None]
 
@@ -83,11 +89,22 @@ def entries(base: Config, sweep: Iterable[Mapping[str, Any]]) -> list[Entry]:
       config = _checked(base, changes, what)
     except (TypeError, ValueError, OverflowError) as error:
       raise UserError(f'{what}: {error}') from None
-    id = _id(config, {k: repr(v) for k, v in _searches(changes).items()})
+    id = id_of(config, {k: repr(v) for k, v in _searches(changes).items()})
     if id in found:
-      raise UserError(f'{what} is there twice: sweep() must yield it once')
+      raise UserError(f'{what} {_twice(base, found[id].changes, config)}')
     found[id] = Entry(id, dict(changes))
   return list(found.values())
+
+
+def _twice(base: Config, changes: Mapping[str, Any], config: Config) -> str:
+  other = flatten(_merged(base, _started(changes), 'sweep()').to_dict())
+  keys = [k for k, v in flatten(config.to_dict()).items() if v != other[k]]
+  if not keys:
+    return 'is there twice: sweep() must yield it once'
+  return (
+    f'differs from ({in_words(changes)}) in nothing but {", ".join(keys)}, '
+    'which does not change what a point ends with: leave one of them out'
+  )
 
 
 def _checked(base: Config, changes: Mapping[str, Any], what: str) -> Config:
@@ -95,6 +112,11 @@ def _checked(base: Config, changes: Mapping[str, Any], what: str) -> Config:
   valid, too."""
   _merged(base, _plain(changes), what)
   for key, search in _searches(changes).items():
+    if isinstance(search, Halving) and key in _SPARSITY:
+      raise UserError(
+        f'{what}: {key}: Halving would take the one that is least sparse: use '
+        'loss.l0_coef=TargetL0(...), or a point for each'
+      )
     search.check(f'{what}: {key}')
   kinds = [_started(changes)]
   for key, search in _searches(changes).items():
@@ -125,21 +147,82 @@ def resolve(
   """The point, or the trials that must end before, or why there is none."""
   known = _started(entry.changes)
   for key, search in _searches(entry.changes).items():
-    rows = _merged(base, known, 'sweep()').train.rows
-    trial = lambda value, rows, key=key: _trial(
-      base, known | {key: value, 'train.rows': rows}
-    )
-    seen: dict[tuple[float, int], float | None] = {}
-    while isinstance(asked := search.next(seen, rows), Ask):
-      specs = {v: trial(v, asked.rows) for v in asked.values}
-      ended = {v: results(spec.id) for v, spec in specs.items()}
-      if any(figures is None for figures in ended.values()):
-        return [specs[v] for v, figures in ended.items() if figures is None]
-      for v, figures in ended.items():
-        seen[v, asked.rows] = (figures or {}).get(search.metric)
-    if asked.failure:
-      return f'{key}: {asked.failure}'
-    known[key] = asked.value
+    found = _run(base, known, key, search, results)
+    if not isinstance(found, Found):
+      return found[0]
+    if found.failure:
+      return f'{key}: {found.failure}'
+    known[key] = found.value
+  config = _merged(base, known, 'sweep()')
+  return Spec(entry.id, 'grid', known, _aim(config, entry.changes), config)
+
+
+def ahead(base: Config, entry: Entry, results: Results) -> list[Config]:
+  """What else there is to train at most, when the trials that `resolve` asks
+  for have ended: more trials, and the point, each at the values that searches
+  begin from."""
+  known, later, waits = _started(entry.changes), [], False
+  for key, search in _searches(entry.changes).items():
+    taken = 0
+    if not waits:
+      found = _run(base, known, key, search, results)
+      if isinstance(found, Found):
+        known[key] = found.value
+        continue
+      taken, waits = len(found[0]) + found[1], True
+    trials = search.most(_merged(base, known, 'sweep()').train.rows)
+    later += [known | {'train.rows': rows} for rows in trials[taken:]]
+  return [_merged(base, x, 'sweep()') for x in [*later, known]]
+
+
+def _run(
+  base: Config,
+  known: Mapping[str, Any],
+  key: str,
+  search: Search,
+  results: Results,
+) -> Found | tuple[list[Spec], int]:
+  """The end of a search; or the trials that must end before, and how many
+  have."""
+  rows = _merged(base, known, 'sweep()').train.rows
+  seen: dict[tuple[float, int], float | None] = {}
+  while isinstance(asked := search.next(seen, rows), Ask):
+    specs = {
+      v: _trial(base, dict(known) | {key: v, 'train.rows': asked.rows})
+      for v in asked.values
+    }
+    ended = {v: results(spec.id) for v, spec in specs.items()}
+    left = [specs[v] for v, figures in ended.items() if figures is None]
+    if left:
+      return left, len(seen) + len(specs) - len(left)
+    for v, figures in ended.items():
+      seen[v, asked.rows] = _figure(search, specs[v].config, figures)
+  return asked
+
+
+def _figure(
+  search: Search, config: Config, figures: Mapping[str, float] | None
+) -> float | None:
+  """What a search wants to know of a trial; None where it failed."""
+  if not figures:
+    return None
+  if isinstance(search, TargetL0):
+    return figures['l0']
+  if config.act.name != 'jumprelu':
+    return figures['fvu']
+  mse, l0 = figures['mse'], figures['l0']
+  if mse is None or l0 is None:  # not finite
+    return None
+  c = config.loss
+  # Of numbers, not arrays: this program does not hold the devices.
+  penalty: Any = L0Penalty(c.l0_coef, c.target_l0, quadratic=c.target_l0 > 0)
+  return mse + penalty.of(l0, 1.0)
+
+
+def begun(base: Config, entry: Entry) -> Spec:
+  """A point whose values are yet to be found, with those that searches begin
+  from."""
+  known = _started(entry.changes)
   config = _merged(base, known, 'sweep()')
   return Spec(entry.id, 'grid', known, _aim(config, entry.changes), config)
 
@@ -160,6 +243,14 @@ def read_spec(record: Mapping[str, Any], base: Config) -> Spec:
   )
 
 
+def id_of(config: Config, more: Mapping[str, str] = {}) -> str:  # noqa: B006
+  """Hash of all that decides what a run ends with, and of `more`."""
+  flat = trajectory(config.to_dict())
+  what = {k: v for k, v in flat.items() if k not in LATER or v != LATER[k]}
+  text = json.dumps(what | dict(more), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def record_of(spec: Spec, base: Config) -> dict[str, Any]:
   """What says all of a point in JSON, beside the base: the changes, and the
   keys that followed them because they refer to others."""
@@ -171,7 +262,7 @@ def record_of(spec: Spec, base: Config) -> dict[str, Any]:
 
 def _trial(base: Config, changes: dict[str, Any]) -> Spec:
   config = _merged(base, changes, 'sweep()')
-  return Spec(_id(config), 'trial', changes, _aim(config, changes), config)
+  return Spec(id_of(config), 'trial', changes, _aim(config, changes), config)
 
 
 def _searches(changes: Mapping[str, Any]) -> dict[str, Search]:
@@ -208,9 +299,3 @@ def _aim(config: Config, changes: Mapping[str, Any]) -> float | None:
     if isinstance(search, TargetL0):
       return float(search.l0)
   return float(config.loss.target_l0) or None
-
-
-def _id(config: Config, more: Mapping[str, str] = {}) -> str:  # noqa: B006
-  what = trajectory(config.to_dict()) | dict(more)
-  text = json.dumps(what, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]

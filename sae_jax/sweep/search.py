@@ -37,7 +37,8 @@ class TargetL0(NamedTuple):
 
   L0 falls as the coefficient rises, about as a power of it: `tries` trials from
   `low` to `high` bracket the target, and each further round tries the
-  interpolation of log L0 in log(coefficient), and to either side of it. A trial
+  interpolation of log L0 in log(coefficient), and to either side of it. Where
+  the bracket's end has no active latents left, they try its middle. A trial
   within `tolerance` ends the search.
   """
 
@@ -48,8 +49,6 @@ class TargetL0(NamedTuple):
   tries: int = 3  # trials of a round
   rounds: int = 3
   tolerance: float = 0.03  # of log L0
-
-  metric = 'l0'
 
   @property
   def start(self) -> float:
@@ -69,6 +68,10 @@ class TargetL0(NamedTuple):
       raise UserError(f'{what}: needs tries >= 2, rounds >= 1 and rows >= 0')
     _whole(what, self.rows, self.tries, self.rounds)
 
+  def most(self, rows: int) -> list[int]:
+    """Rows of each trial there can be, for a point of so many rows."""
+    return [min(self.rows or rows, rows)] * (self.tries * self.rounds)
+
   def next(self, seen: Seen, rows: int) -> Ask | Found:
     """rows: of the point."""
     rows = min(self.rows or rows, rows)
@@ -76,9 +79,11 @@ class TargetL0(NamedTuple):
     if missing := [v for v in first if (v, rows) not in seen]:
       return Ask(missing, rows)
     tried = [
-      (v, x) for (v, r), x in sorted(seen.items()) if r == rows and x
-    ]  # no figure: it failed; L0 = 0: all is dead
-    distance = lambda t: abs(math.log(t[1] / self.l0))
+      (v, x)
+      for (v, r), x in sorted(seen.items())
+      if r == rows and x is not None  # it failed
+    ]
+    distance = lambda t: abs(math.log(t[1] / self.l0)) if t[1] else math.inf
     if tried and distance(best := min(tried, key=distance)) <= self.tolerance:
       return Found(best[0])
     around = [
@@ -94,10 +99,17 @@ class TargetL0(NamedTuple):
         f'{self.high:g} (L0 was {got}): widen them',
       )
     (a, l0_a), (b, l0_b) = min(around, key=lambda p: p[1][0] / p[0][0])
-    share = math.log(l0_a / self.l0) / math.log(l0_a / l0_b)
+    share = math.log(l0_a / self.l0) / math.log(l0_a / l0_b) if l0_b else 0.5
     guess = _rounded(a * (b / a) ** share)
-    if len(seen) >= self.tries * self.rounds:
-      return Found(guess)
+    left = self.tries * self.rounds - len(seen)
+    if left <= 0:
+      if l0_b:
+        return Found(guess)
+      return Found(
+        math.nan,
+        f'L0 falls from {l0_a:.4g} to 0 between coefficients {a:g} and {b:g}: '
+        'search there, or in more rounds',
+      )
     # Closer than the ends of the bracket, which are known.
     step = (b / a) ** (0.5 / self.tries)
     near = [
@@ -105,7 +117,7 @@ class TargetL0(NamedTuple):
       for i in range(self.tries)
     ]
     missing = [v for v in near if (v, rows) not in seen]
-    return Ask(missing, rows) if missing else Found(guess)
+    return Ask(missing[:left], rows) if missing else Found(guess)
 
 
 class Halving(NamedTuple):
@@ -113,14 +125,14 @@ class Halving(NamedTuple):
   arXiv 1502.07943): all are tried on few rows, the best 1/`eta` of them on
   `eta` times as many, and so on to one, or to the rows of the point.
 
-  Trials begin anew: their schedules are shares of their own rows.
+  Trials begin anew: their schedules are shares of their own rows. The best is
+  that of the least loss: FVU, and for JumpReLU the loss of training with its
+  penalty, as trials of one coefficient differ in L0.
   """
 
   values: Sequence[float]
   rows: int  # of the first trials
   eta: int = 3
-
-  metric = 'fvu'
 
   @property
   def start(self) -> float:
@@ -137,6 +149,15 @@ class Halving(NamedTuple):
     if not len(self.values) or self.rows < 1 or self.eta < 2:
       raise UserError(f'{what}: needs values, rows >= 1 and eta >= 2')
     _whole(what, self.rows, self.eta)
+
+  def most(self, rows: int) -> list[int]:
+    """Rows of each trial there can be, for a point of so many rows."""
+    left, at = len(set(self.values)), min(self.rows, rows)
+    found = [at] * left
+    while (left := math.ceil(left / self.eta)) > 1 and at * self.eta <= rows:
+      at *= self.eta
+      found += [at] * left
+    return found
 
   def next(self, seen: Seen, rows: int) -> Ask | Found:
     """rows: of the point."""

@@ -1,6 +1,7 @@
 """A study's folder: which points, in which jobs, how far each is.
 
-  study.json                  the base config, the grid, the store
+  study.json                  the base config, the grid, the store; which points
+                              wait for trials, and for which a trial stands
   jobs/<job>/job.json         its points; of each that failed the reason
   jobs/<job>/members/<point>/ the run folder of a point
   jobs/<job>/log.txt          what its processes printed
@@ -26,7 +27,7 @@ from sae_jax.store.manifest import read_manifest, store_fingerprint
 from sae_jax.sweep import grid, packing
 from sae_jax.sweep.grid import Entry, Spec
 from sae_jax.train import checkpoints
-from sae_jax.train.config import plain_members
+from sae_jax.train.config import base_config, plain_members
 from sae_jax.train.integrity import Damaged
 from sae_jax.train.run import (
   changed_keys,
@@ -73,6 +74,8 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
     'config': base.to_dict(),
     'grid': {e.id: grid.in_words(e.changes) for e in entries},
     'store': store_fingerprint(manifest, base.store.site),
+    'waiting': {},
+    'stands': {},
   }
   study = Study(root, base, entries)
   with locked(root):
@@ -87,10 +90,10 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
       gone = [
         words
         for id, words in old['grid'].items()
-        if id in trained and id not in ids
+        if id not in ids and old['stands'].get(id, [id])[0] in trained
       ]
       if gone:
-        keys = changed_keys(old['config'], record['config'])
+        keys = changed_keys(base_of(old).to_dict(), record['config'])
         raise UserError(
           f'--workdir={folder} holds the study of another sweep: '
           + (f'config.{next(iter(keys))} differs, ' if keys else '')
@@ -102,6 +105,8 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
           f'--workdir={folder} holds a study of another store than that in '
           f'{base.store.path}: give the old one, or take another folder'
         )
+      for name in ('waiting', 'stands'):
+        record[name] = {k: v for k, v in old[name].items() if k in ids}
     elif any(p.name != 'claim' and p.suffix != '.tmp' for p in root.iterdir()):
       raise UserError(
         f'--workdir={folder} is not empty and holds no study: take another '
@@ -124,7 +129,39 @@ def read_study(root: Path) -> dict[str, Any]:
     raise UserError(f'{path} is not JSON ({error}): restore it') from None
   if record.get('format') != FORMAT or record.get('version') != VERSION:
     raise UserError(f'{path} is no {FORMAT} of version {VERSION}')
-  return record
+  return {'waiting': {}, 'stands': {}} | record
+
+
+def base_of(record: dict[str, Any]) -> Config:
+  """The config in study.json; keys younger than it have their defaults."""
+  base = base_config()
+  base.update(record['config'])
+  return base
+
+
+def note(
+  study: Study, waiting: dict[str, Any], stands: dict[str, list]
+) -> None:
+  """Records the points that are in no job, by id, each a `grid.record_of` with
+  its 'state' and the reason, and those that a trial stands for: [the trial's
+  id, the point's k]. Call under the study's lock."""
+  record = read_study(study.folder)
+  new = record | {'waiting': waiting, 'stands': record['stands'] | stands}
+  if new != record:
+    text = json.dumps(new, indent=2) + '\n'
+    write_atomic(study.folder / 'study.json', text)
+
+
+def entries(study: Study) -> list[Entry]:
+  """Its points; one that a run of another id stands for has that id."""
+  there = (study.folder / 'study.json').exists()
+  stands = read_study(study.folder)['stands'] if there else {}
+  return [e._replace(id=stands.get(e.id, [e.id])[0]) for e in study.entries]
+
+
+def grid_ids(record: dict[str, Any]) -> set[str]:
+  """Of study.json: what stands for the points of its grid."""
+  return {record['stands'].get(id, [id])[0] for id in record['grid']}
 
 
 @contextlib.contextmanager
@@ -174,11 +211,15 @@ def jobs(study: Study) -> list[Job]:
   """Those that were planned, in their order."""
   found = []
   paths = list((study.folder / 'jobs').glob('*/job.json'))
+  if not paths:
+    return []
+  manifest = read_study(study.folder)
   # A point of the grid may have been planned as a trial of another.
-  wanted = read_study(study.folder)['grid'] if paths else {}
+  wanted, k = grid_ids(manifest), dict(manifest['stands'].values())
   for path in paths:
     record = read_job(path.parent)
     specs = [grid.read_spec(r, study.base) for r in record['points']]
+    specs = [s._replace(k=k[s.id]) if s.id in k else s for s in specs]
     specs = [s._replace(stage='grid') if s.id in wanted else s for s in specs]
     found.append((record['order'], Job(path.parent.name, path.parent, specs)))
   return [job for _, job in sorted(found, key=lambda x: (x[0], x[1].id))]

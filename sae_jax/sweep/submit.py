@@ -29,7 +29,7 @@ def missing(
         continue
       record = study.read_job(job.folder)
       if retry and record['failed']:
-        study.write_job(job.folder, drive.forgiven(record, set()))
+        study.write_job(job.folder, drive.forgiven(record, drive.gone(s)))
       if not drive.ended(job) or after(run_job.runs_of(job, record)):
         found.append(job)
   return found

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.sweep import study
+from sae_jax.sweep import grid, study
 from sae_jax.sweep.grid import Spec
-from sae_jax.sweep.study import Job, Study
+from sae_jax.sweep.study import Study
 from sae_jax.train import perf
 from sae_jax.train.state import peak_rate
 from sae_jax.train.writer import read_metrics
@@ -27,7 +26,7 @@ class Point(NamedTuple):
 
   point: str  # its id: a hash of its config
   state: str  # 'done', 'failed', 'running' or 'missing'
-  reason: str  # why it failed
+  reason: str  # why it failed, or is missing
   stage: str  # 'grid', or 'trial': run to find a value for one of the grid
   changes: str  # JSON of the dotted keys in which it differs from the base
   activation: str
@@ -51,8 +50,8 @@ class Point(NamedTuple):
   flops_executed: float  # of the products that were done
   seconds: float  # of training; in a stack its share, by executed FLOPs
   device_hours: float
-  members: int  # trained together with it, itself included
-  folder: str  # its run folder
+  members: int  # of its job; 1 where it was trained by itself
+  folder: str  # its run folder; '' while it has none
 
 
 class Mark(NamedTuple):
@@ -70,31 +69,46 @@ class Mark(NamedTuple):
 
 
 def read(folder: Path) -> tuple[list[Point], list[Mark]]:
-  """The tables of a study's folder, as far as it is; points that no job has
-  yet are not among them. Raises UserError where there is no study."""
-  base = ConfigDict(study.read_study(folder)['config'])
-  s = Study(folder, base, [])
-  points, marks = [], []
-  for job in study.jobs(s):
+  """The tables of a study's folder, as far as it is: the points of its grid,
+  those that wait for trials or that no search found a value for at the end, and
+  the trials. Raises UserError where there is no study."""
+  manifest = study.read_study(folder)
+  base, ids = study.base_of(manifest), study.grid_ids(manifest)
+  points, marks, planned = [], [], set()
+  for job in study.jobs(Study(folder, base, [])):
     record = study.read_job(job.folder)
     running = study.is_taken(job.folder)
     runs = {spec.id: job.run(spec) for spec in job.specs}
     lines = {id: _metrics(run) for id, run in runs.items()}
     work = {spec.id: _work(spec.config, lines[spec.id]) for spec in job.specs}
+    planned |= runs.keys()
     for spec in job.specs:
+      if spec.stage == 'grid' and spec.id not in ids:  # it has left the grid
+        continue
+      run = runs[spec.id]
       mine = _marks(spec, lines[spec.id], work, record['alone'])
       marks += mine
-      state = _state(record, spec, running)
-      points.append(_point(job, record, spec, state, lines[spec.id], mine))
+      state = _state(record, spec, run, running)
+      members = len(job.specs) if record['alone'].get(spec.id, 1) else 1
+      points.append(_point(spec, run, members, state, lines[spec.id], mine))
+  for point in manifest['waiting'].values():
+    if point['id'] in ids - planned:
+      spec = grid.read_spec(point, base)
+      points.append(_point(spec, None, 0, point['state'], [], []))
   return points, marks
 
 
-def _state(record: dict[str, Any], spec: Spec, running: bool) -> str:
+def _state(
+  record: dict[str, Any], spec: Spec, run: Path, running: bool
+) -> tuple[str, str]:
+  """Of a point in a job, and the reason if it failed or its run is damaged."""
   if spec.id in record['failed']:
-    return 'failed'
-  if spec.id in record['done']:
-    return 'done'
-  return 'running' if running else 'missing'
+    return 'failed', record['failed'][spec.id]
+  found = study.state(run, spec.config, spec.id in record['done'])
+  if found == 'done':
+    return 'done', ''
+  why = '' if found == 'open' else found
+  return ('running' if running else 'missing'), why
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -122,14 +136,7 @@ def _work(config: Config, lines: Sequence[dict[str, Any]]) -> _Work:
   steps, executed, seconds = [0], [0.0], [0.0]
   for i, m in enumerate(logged):
     n = m['step'] - steps[-1]
-    c = config
-    aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
-    aux = aux and (m['train/dead'] or 0) > 0
-    active = 0 if m['train/dense'] else m['train/l0'] or 0
-    active += aux * c.loss.aux_k if active else 0
-    flops = perf.step_flops(
-      c.train.batch_rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
-    )
+    flops = perf.logged_flops(config, m)
     ms = next((x for x in pace[i:] + pace[::-1] if x), 0.0)
     steps.append(m['step'])
     executed.append(executed[-1] + n * flops['executed'])
@@ -174,22 +181,22 @@ def _marks(
 
 
 def _point(
-  job: Job,
-  record: dict[str, Any],
   spec: Spec,
-  state: str,
+  run: Path | None,
+  members: int,
+  state: Sequence[str],
   lines: Sequence[dict[str, Any]],
   marks: Sequence[Mark],
 ) -> Point:
   c, last = spec.config, marks[-1] if marks else None
   dead = [m['train/dead'] for m in lines if m.get('train/dead') is not None]
-  figures = evaluation(job.run(spec))
+  figures = evaluation(run) if run else {}
   seconds = last.seconds if last else 0.0
   devices = c.mesh.data * c.mesh.dict * c.mesh.member
   return Point(
     point=spec.id,
-    state=state,
-    reason=record['failed'].get(spec.id, ''),
+    state=state[0],
+    reason=state[1],
     stage=spec.stage,
     changes=json.dumps(spec.changes),
     activation=c.act.name,
@@ -213,14 +220,27 @@ def _point(
     flops_executed=last.flops_executed if last else 0.0,
     seconds=seconds,
     device_hours=seconds * devices / 3600,
-    members=len(job.specs),
-    folder=str(job.run(spec)),
+    members=members,
+    folder=str(run or ''),
   )
 
 
 def evaluation(run: Path) -> dict[str, Any]:
   """The figures of evaluation.json, if there is one."""
+  return _evaluation(run)['figures']
+
+
+def evaluated(run: Path, sequences: int) -> bool:
+  """Whether it has a delta loss, on so many sequences or on all there are."""
+  found = _evaluation(run)
+  there = found.get('held_out_sequences', sequences)
+  wanted = min(sequences, there)
+  return 'delta_loss' in found['figures'] and found.get('sequences') == wanted
+
+
+def _evaluation(run: Path) -> dict[str, Any]:
   try:
-    return json.loads((run / 'evaluation.json').read_text())['figures']
+    found = json.loads((run / 'evaluation.json').read_text())
+    return found | {'figures': dict(found['figures'])}
   except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
-    return {}
+    return {'figures': {}}

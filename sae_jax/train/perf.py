@@ -1,10 +1,13 @@
 """How fast a step is against what the hardware can do."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sae_jax.config import Config
 from sae_jax.scaling.chips import chip_of
 
 
@@ -43,3 +46,17 @@ def step_flops(
   if active:
     done = unit + 4 * 2 * rows * d_in * active
   return {'published': 6 * unit, 'executed': done}
+
+
+def logged_flops(config: Config, values: Mapping[str, Any]) -> dict:
+  """FLOPs of a step with these metrics: AuxK has no work while none is dead, a
+  sparse step touches the active latents only."""
+  c = config
+  aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
+  aux = aux and (values['train/dead'] or 0) > 0
+  # None: not finite.
+  active = 0 if values['train/dense'] else values['train/l0'] or 0
+  active += aux * c.loss.aux_k if active else 0
+  return step_flops(
+    c.train.batch_rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
+  )

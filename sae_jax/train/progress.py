@@ -164,7 +164,7 @@ class Speed:
     if first or not steps:
       return {}
     rate = steps / seconds
-    flops = list(map(self._flops, self._members, found))
+    flops = list(map(perf.logged_flops, self._members, found))
     use = lambda how: rate * sum(f[how] for f in flops) / self._peak
     return {
       'perf/rows_per_s': rate * self._rows,
@@ -174,14 +174,3 @@ class Speed:
       'perf/mfu': use('published'),
       'perf/mfu_executed': use('executed'),
     }
-
-  def _flops(self, c: Config, values: dict[str, float]) -> dict[str, float]:
-    """FLOPs of a step with these metrics: AuxK has no work while none is dead,
-    a sparse step touches the active latents only."""
-    aux = c.act.name != 'jumprelu' and c.loss.aux_coef > 0
-    aux = aux and values['train/dead'] > 0
-    active = 0 if values['train/dense'] else values['train/l0']
-    active += aux * c.loss.aux_k if active else 0
-    return perf.step_flops(
-      self._rows, c.sae.d_in, c.sae.latents, aux=aux, active=active
-    )

@@ -58,6 +58,7 @@ def test_figures_are_those_of_the_held_out_split(run_dir, store, subject):
     held_out.stored[whole], latents=48,
   )  # fmt: skip
   assert result['sequences'] == held_out.whole
+  assert result['held_out_sequences'] == held_out.whole
   assert figures['delta_loss'] == pytest.approx(spliced.delta_loss, rel=1e-4)
   assert result['training_rows'] == 3 * 32
   assert result['versions']['jax'] and result['seconds']['total'] > 0

@@ -350,6 +350,26 @@ def test_evaluations_that_were_cut_off_are_made_up(copy, tmp_path):
   go(copy, after=after)  # tried once, and ends
 
 
+def test_delta_losses_are_of_the_same_sequences(tmp_path):
+  def evaluated(sequences=16, record=None, **figures):
+    record = {'figures': figures, 'held_out_sequences': 40} | (record or {})
+    (tmp_path / 'evaluation.json').write_text(json.dumps(record))
+    return tables.evaluated(tmp_path, sequences)
+
+  assert not tables.evaluated(tmp_path, 16)
+  assert evaluated(record={'sequences': 16}, delta_loss=0.5)
+  assert evaluated(64, {'sequences': 40}, delta_loss=0.5)  # all there are
+  assert not evaluated(record={'sequences': 0}, fvu=0.1)  # --nolm
+  assert not evaluated(32, {'sequences': 16}, delta_loss=0.5)
+  assert not evaluated(record={'sequences': 64}, delta_loss=0.5)
+  assert not evaluated(record={'figures': [1]})
+  with program('launch/sweep.py') as sweep:
+    sweep._SEQUENCES = mock.Mock(value=16)
+    assert sweep.evaluation([tmp_path])[-1] == f'--workdir={tmp_path}'
+    assert evaluated(record={'sequences': 16}, delta_loss=0.5)
+    assert sweep.evaluation([tmp_path]) == []
+
+
 def test_what_failed_is_tried_again_together(copy, store, tmp_path):
   (job,) = study.jobs(copy)
   record = study.read_job(job.folder)
@@ -373,6 +393,53 @@ def test_what_failed_is_tried_again_together(copy, store, tmp_path):
   study.write_job(job.folder, record)
   fewer = opened(copy.folder, copy.base, studies.POINTS[1:])
   assert len(drive.failures(copy)) == 1 and drive.failures(fewer) == []
+
+
+def test_a_trial_that_is_the_point_stands_for_it(copy):
+  (job,) = study.jobs(copy)
+  run = job.specs[2].id  # was to find a value for another
+  record = study.read_job(job.folder)
+  record['points'][2]['stage'] = 'trial'
+  study.write_job(job.folder, record)
+  manifest = study.read_study(copy.folder)
+  del manifest['grid'][run]
+  (copy.folder / 'study.json').write_text(json.dumps(manifest))
+  search = {'sae.latents': 64, 'optim.lr': Halving((1e-3,), rows=1280)}
+  points = [*(studies.POINTS[i] for i in (0, 1, 3)), search]
+  asked = []
+  for _ in range(2):
+    s = opened(copy.folder, copy.base, points)
+    assert len(drive.wanted(s)) == 4
+    go(s, after=lambda runs: asked.append([r.name for r in runs]) or [])
+  assert [len(a) for a in attempts(s)] == [1]
+  assert states(s) == ['done'] * 4 and run in asked[-1]
+  assert {p.stage for p in tables.read(s.folder)[0]} == {'grid'}
+  with pytest.raises(UserError, match='1 of its points are not in this one'):
+    opened(copy.folder, copy.base, points[:3])
+
+
+def test_tables_are_of_the_grid(copy):
+  (job,) = study.jobs(copy)
+  record = study.read_job(job.folder)
+  lost, trial, *_ = [spec.id for spec in job.specs]
+  record |= {'done': [], 'failed': {lost: 'no', trial: 'no'}}  # run by hand
+  study.write_job(job.folder, record)
+  more = [
+    {'seed': 1, 'optim.lr': Halving((1e-3,), rows=1280)},
+    {'seed': 1, 'optim.lr': Halving((1e-3,), rows=640)},
+  ]
+  s = opened(copy.folder, copy.base, [*studies.POINTS[1:], *more])
+  drive.plan(s, lambda: studies.MACHINE, 0)
+  points = {p.point: p for p in tables.read(s.folder)[0]}
+  got = [(points[e.id].state, points[e.id].reason) for e in s.entries]
+  assert got == [
+    ('failed', 'no'), ('done', ''), ('done', ''),
+    ('failed', 'optim.lr: all trials of 1 values failed'),
+    ('missing', 'its trials have not ended'),
+  ]  # fmt: skip
+  assert lost not in points and len(points) == 6  # and a trial
+  (first, _) = submit.missing(s, True, lambda runs: [])
+  assert study.read_job(first.folder)['failed'] == {lost: 'no'}
 
 
 @contextlib.contextmanager
@@ -412,6 +479,10 @@ def test_time_alone_is_a_points_own(copy):
   assert points[first].seconds < after[first].seconds < total
   others = [id for id in points if id != first]
   assert all(after[id] == points[id] for id in others)
+  assert after[first].members == 4
+  record['alone'][first] = 0
+  study.write_job(job.folder, record)
+  assert [p.members for p in tables.read(copy.folder)[0]] == [1, 4, 4, 4]
 
 
 def test_dry_run_writes_nothing(store, tmp_path):

@@ -1,15 +1,22 @@
 """Points, their ids, and every way in which a grid can be wrong."""
 
+import hashlib
 import json
 
 import pytest
 import studies
 
 from sae_jax.errors import UserError
-from sae_jax.sweep import grid, packing
+from sae_jax.sweep import drive, grid, packing, study, tables
 from sae_jax.sweep.machine import UNKNOWN, Machine
 from sae_jax.sweep.search import Halving, TargetL0
-from sae_jax.train.config import member_configs, stacks, validate
+from sae_jax.train.config import (
+  base_config,
+  member_configs,
+  stacks,
+  validate,
+)
+from sae_jax.train.run import trajectory
 
 
 def test_an_id_is_of_all_that_decides_the_result(store):
@@ -21,6 +28,33 @@ def test_an_id_is_of_all_that_decides_the_result(store):
   assert ids() == first
   assert ids(**{'train.log_rows': 64, 'mesh.data': 2}) == first
   assert not set(ids(**{'optim.b2': 0.99})) & set(first)
+
+
+def test_keys_of_ids_are_known():
+  keys = trajectory(base_config().to_dict()).keys() - grid.LATER.keys()
+  found = hashlib.sha256(','.join(sorted(keys)).encode()).hexdigest()[:8]
+  assert found == '402ce3c2', 'enter the new key in grid.LATER: ids must stay'
+
+
+def test_a_study_outlives_a_new_key(store, tmp_path, monkeypatch):
+  config = studies.base(store)
+  del config.optim['ema']
+  old = grid.id_of(config)
+  monkeypatch.setattr(grid, 'LATER', {'optim.ema': 0.0})
+  config = studies.base(store)
+  assert grid.id_of(config) == old
+  open_study = lambda c: study.open_study(
+    str(tmp_path), c, grid.entries(c, studies.POINTS)
+  )
+  drive.plan(open_study(config), lambda: studies.MACHINE, 0)
+  record = study.read_study(tmp_path)
+  del record['config']['optim']['ema']  # as it was made before
+  (tmp_path / 'study.json').write_text(json.dumps(record))
+  assert [p.state for p in tables.read(tmp_path)[0]] == ['missing'] * 4
+  with pytest.raises(UserError, match='sweep: config.optim.ema differs'):
+    open_study(studies.base(store, **{'optim.ema': 0.9}))
+  again = open_study(config)
+  assert len(drive.wanted(again)) == 4 and not drive.unplanned(again)
 
 
 def test_changes_move_what_refers_to_them(store):
@@ -39,8 +73,13 @@ def test_changes_move_what_refers_to_them(store):
     ([{'act.k': 64}], r'point \(act.k=64\): config.act.k=64 is more than'),
     ([{'sae.latents': 30, 'mesh.dict': 4}], r'not divisible.*mesh.dict'),
     ([{'sae.latents': 64}] * 2, 'there twice'),
+    (
+      [{'sae.latents': 64}, {'sae.latents': 64, 'train.codes': 'dense'}],
+      r'differs from \(sae.latents=64\) in nothing but train.codes',
+    ),
     ([{'loss.l0_coef': TargetL0(8, low=2, high=1)}], 'low < high'),
     ([{'optim.lr': Halving((), rows=10)}], 'needs values'),
+    ([{'loss.l0_coef': Halving((1e-3, 1e-2), rows=64)}], 'least sparse'),
     (['sae.latents'], 'not a dict'),
     ([{'train.eval_rows': 0}], 'eval_rows'),
     ([{'train.keep': 1}], 'train.keep=1'),

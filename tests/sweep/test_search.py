@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import studies
 
-from sae_jax.sweep import grid
+from sae_jax.sweep import estimate, grid
+from sae_jax.sweep.machine import UNKNOWN
 from sae_jax.sweep.search import Ask, Halving, TargetL0
 
 pytestmark = pytest.mark.smoke
@@ -45,10 +46,24 @@ def test_an_l0_out_of_reach_says_what_there_was():
   assert '(L0 was none)' in found.failure
 
 
+def test_an_l0_of_zero_is_an_end_of_the_bracket():
+  law = lambda v, r: 100 * (1e-3 / v) ** 0.4 if v < 0.5 else 0.0
+  found, seen = play(TargetL0(16, low=1e-3, high=1), law, 10)
+  assert abs(np.log(law(found.value, 0) / 16)) < 0.05
+  assert 0 in seen.values() and not found.failure
+  # All is dead at once: nothing between.
+  law = lambda v, r: 40.0 if v < 0.03 else 0.0
+  found, seen = play(TargetL0(16, low=1e-3, high=1), law, 10)
+  assert 'falls from 40 to 0 between' in found.failure and len(seen) == 9
+  found, _ = play(TargetL0(16, low=1e-3, high=1), lambda v, r: 0.0, 10)
+  assert '0 at 0.001' in found.failure
+
+
 def test_halving_keeps_the_best_third():
   f = lambda v, r: (np.log(v) - np.log(3)) ** 2 + 1 / r
   found, seen = play(Halving(range(1, 10), rows=10), f, 1000)
   assert found.value == 3
+  assert sorted(r for _, r in seen) == Halving(range(1, 10), rows=10).most(1000)
   count = lambda rows: sum(r == rows for _, r in seen)
   assert [count(r) for r in (10, 30, 90)] == [9, 3, 0]
 
@@ -57,6 +72,7 @@ def test_halving_spends_no_more_than_the_point_and_survives_failures():
   f = lambda v, r: None if v == 1 else v
   found, seen = play(Halving((1, 2, 3, 4), rows=10, eta=2), f, 15)
   assert found.value == 2 and {r for _, r in seen} == {10}
+  assert Halving((1, 2, 3, 4), rows=10, eta=2).most(15) == [10] * 4
   found, _ = play(Halving((1, 2), rows=10), lambda v, r: None, 15)
   assert 'failed' in found.failure
 
@@ -70,17 +86,28 @@ def test_a_point_is_resolved_through_its_trials(store):
   }
   (entry,) = grid.entries(config, [changes])
   ended = {}
-  waves = []
+  waves, ahead = [], []
   while isinstance(found := grid.resolve(config, entry, ended.get), list):
     waves.append(found)
+    ahead.append(grid.ahead(config, entry, ended.get))
     for spec in found:
       c = spec.config
       assert spec.stage == 'trial' and c.sae.latents == 64
       ended[spec.id] = {
         'l0': 0.1 / c.loss.l0_coef,
         'fvu': abs(np.log(c.optim.lr / 1e-2)),
+        'mse': abs(np.log(c.optim.lr / 1e-2)),
       }
   assert [len(w) for w in waves] == [3, 3, 3]
+  assert [len(configs) for configs in ahead] == [6 + 3 + 1, 3 + 3 + 1, 1]
+  rows = [c.train.rows for c in ahead[0]]
+  assert rows == [640] * 6 + [320] * 3 + [1280]
+  said = estimate.text([waves[0]], UNKNOWN, ahead[:1], 0)
+  total = 12 * 16 * 64 * (9 * 640 + 3 * 320 + 1280)
+  assert f'at most {total:.3g} FLOPs' in said and 'no estimate of' in said
+  assert '1 points more when' in said and 'at most 9 trials more' in said
+  said = estimate.text([waves[0]], UNKNOWN._replace(tflops=1.0), [], 0)
+  assert 'at most' not in said and 'about' in said
   assert {s.config.train.rows for s in waves[0]} == {640}
   assert {s.config.optim.lr for s in waves[0]} == {1e-3}  # meanwhile
   assert {s.config.train.rows for s in waves[-1]} == {320}
@@ -88,3 +115,27 @@ def test_a_point_is_resolved_through_its_trials(store):
   assert found.config.optim.lr == 1e-2
   assert found.config.loss.l0_coef == pytest.approx(0.025, rel=0.05)
   assert found.config.train.rows == 1280 and found.k == 4
+
+
+@pytest.mark.parametrize(
+  'act, target, best',
+  [('topk', 0.0, 1e-2), ('jumprelu', 0.0, 1e-3), ('jumprelu', 6.0, 1e-3)],
+)
+def test_rates_compare_by_the_loss_they_were_trained_on(
+  store, act, target, best
+):
+  config = studies.base(
+    store, **{'act.name': act, 'loss.target_l0': target, 'loss.l0_coef': 0.1}
+  )
+  changes = {'optim.lr': Halving((1e-3, 1e-2), rows=320)}
+  (entry,) = grid.entries(config, [changes])
+  trials = grid.resolve(config, entry, lambda id: None)
+  assert isinstance(trials, list)
+  # The higher rate has the better FVU, with twice the latents.
+  gave = {1e-3: (0.4, 8.0), 1e-2: (0.3, 16.0)}
+  ended = {}
+  for spec in trials:
+    error, l0 = gave[spec.config.optim.lr]
+    ended[spec.id] = {'fvu': error, 'mse': error, 'l0': l0}
+  found = grid.resolve(config, entry, ended.get)
+  assert isinstance(found, grid.Spec) and found.config.optim.lr == best
