@@ -71,7 +71,7 @@ def text(
 def _devices(config: Config, machine: Machine) -> int:
   if machine.platform == 'cpu':
     return 1  # virtual ones share the cores
-  return config.mesh.member * config.mesh.data * config.mesh.dict
+  return config.mesh.data * config.mesh.dict
 
 
 def _time(seconds: float) -> str:

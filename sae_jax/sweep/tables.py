@@ -192,7 +192,7 @@ def _point(
   dead = [m['train/dead'] for m in lines if m.get('train/dead') is not None]
   figures = evaluation(run) if run else {}
   seconds = last.seconds if last else 0.0
-  devices = c.mesh.data * c.mesh.dict * c.mesh.member
+  devices = c.mesh.data * c.mesh.dict
   return Point(
     point=spec.id,
     state=state[0],
