@@ -163,8 +163,7 @@ class Checkpoints:
       if reason is None or isinstance(error, UserError):
         raise
       if jax.process_index() == 0:  # what there is of it takes room
-        for half in folder(self.run_dir).glob('*.orbax-checkpoint-tmp*'):
-          shutil.rmtree(half, ignore_errors=True)
+        _remove_halves(folder(self.run_dir))
       there = kept_steps(self.run_dir)
       raise UserError(
         f'the checkpoint of step {self._saving} could not be written to '
@@ -172,6 +171,17 @@ class Checkpoints:
         f'{self._bytes / 1e6:,.1f} MB) and run the same command again, which '
         + (f'goes on from step {there[-1]}' if there else 'starts anew')
       ) from error
+
+
+def _remove_halves(folder: Path) -> None:
+  """Removes saves that were cut off; their writers may go on for a moment."""
+  for _ in range(10):
+    halves = list(folder.glob('*.orbax-checkpoint-tmp*'))
+    if not halves:
+      return
+    for half in halves:
+      shutil.rmtree(half, ignore_errors=True)
+    time.sleep(0.2)
 
 
 def folder(run_dir: str | Path) -> Path:
