@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from sae_jax.memory import host_bytes
+
 # An AMD processor gets MKL's slower kernels unless MKL's own question, whether
 # this is an Intel one, is answered with yes.
 MKL_SAYS_INTEL = 'int mkl_serv_intel_cpu_true(void) { return 1; }\n'
@@ -35,5 +37,5 @@ def cpu() -> str:
 
 
 def memory_gib() -> float:
-  """All of the machine's memory."""
-  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30
+  """The machine's memory, or as much of it as this process may have."""
+  return host_bytes() / 2**30

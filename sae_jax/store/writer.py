@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.memory import host_bytes
 from sae_jax.store import quantise
 from sae_jax.store.budget import await_room, delete_rows
 from sae_jax.store.files import column_codes
@@ -56,9 +57,7 @@ from sae_jax.store.shard import (
 
 # Bytes of rows that a writer holds at most: an eighth of the machine's memory,
 # so that a host of 256 GB takes two shards of Gemma Scope's size (14 GB).
-IN_MEMORY = max(
-  2 << 30, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 8
-)
+IN_MEMORY = max(2 << 30, host_bytes() // 8)
 
 
 class StoreWriter:

@@ -4,12 +4,12 @@ The program that only starts others must not hold the devices itself.
 """
 
 import json
-import os
 import subprocess
 import sys
 from typing import NamedTuple
 
 from sae_jax.errors import UserError
+from sae_jax.memory import host_bytes
 
 
 class Machine(NamedTuple):
@@ -42,7 +42,7 @@ def _found(speed: bool) -> Machine:
 
   first = jax.devices()[0]
   memory = (first.memory_stats() or {}).get('bytes_limit', 0)
-  host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  host = host_bytes()
   if first.platform == 'cpu':
     memory, host = host, 0
   rate = perf.peak_tflops() if speed else 0.0
