@@ -54,8 +54,8 @@ def drive(
   fit. only: run this job and no other, whatever else runs on this machine.
   retry: failed points again. after: called with the run folders of a job's
   points when they are done; a program to run on them. Raises SystemExit (143,
-  130, 129) when asked to stop, all saved; UserError when this machine cannot
-  train a point.
+  130, 129) when asked to stop, all saved; UserError in the end when this
+  machine cannot train a job's points; with `only` these have failed.
   """
   machine = functools.cache(machine)
   retried: set[str] = gone(s) if retry else {'*'}
@@ -64,7 +64,7 @@ def drive(
     while True:
       if not only:
         plan(s, machine, most)
-      busy, ran = [], False
+      busy, ran, large = [], False, []
       jobs = [j for j in study.jobs(s) if only in ('', j.id)]
       if only and not jobs:
         raise UserError(f'--job={only}: {s.folder} has no such job')
@@ -77,8 +77,13 @@ def drive(
             busy.append(job.id)
             continue
           record = forgiven(study.read_job(job.folder), retried)
-          if todo := left(job, record):  # planned elsewhere, perhaps
-            packing.check_fit(todo, machine())
+          todo = left(job, record)  # planned elsewhere, perhaps
+          wrong = {x.id: packing.misfit(x.config, machine()) for x in todo}
+          if any(wrong.values()) and not only:  # others may fit
+            large += todo
+            continue
+          # Whoever named the job meant this machine.
+          record['failed'] |= {id: why for id, why in wrong.items() if why}
           ran = True
           run_job.run(
             Running(job, record, programs, descriptors, stop_asked, after)
@@ -88,6 +93,8 @@ def drive(
           if retry:  # what failed here is not tried again here
             retried |= set(record['failed'])
       if not ran and not busy:
+        if large:
+          packing.check_fit(large, machine())
         return
       if only and not busy:
         return

@@ -83,14 +83,15 @@ def pack(
 
 def check_fit(specs: Sequence[Spec], machine: Machine) -> None:
   """UserError naming the points that this machine cannot train, and why."""
-  wrong = [(s, why) for s in specs if (why := _misfit(s.config, machine))]
+  wrong = [(s, why) for s in specs if (why := misfit(s.config, machine))]
   if wrong:
     (spec, why), others = wrong[0], len(wrong) - 1
     more = f' (and {others} points more)' if others else ''
     raise UserError(f'point ({in_words(spec.changes)}): {why}{more}')
 
 
-def _misfit(config: Config, machine: Machine) -> str:
+def misfit(config: Config, machine: Machine) -> str:
+  """Why this machine cannot train such a point; '' if it can."""
   c = config.mesh
   needed = c.data * c.dict
   if machine.devices and needed > machine.devices:

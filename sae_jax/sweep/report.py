@@ -171,7 +171,7 @@ def _notes(laws: dict[str, Any]) -> list[str]:
       f'Between seeds the loss differs by {laws["seed_noise"]:.2%} (standard '
       'deviation).'
     )
-  elif laws:
+  elif 'seed_noise' in laws:
     notes.append('No point was repeated with another seed: noise is unknown.')
   return notes
 

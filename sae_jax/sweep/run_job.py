@@ -127,7 +127,9 @@ def _together(r: Running, left: list[Spec]) -> list[Spec]:
   if len(begun) < len(left) and max(map(len, saved.values())) < 2:
     return left  # killed in the first round of saves, or before
   common = set.intersection(*(set(saved[spec.id]) for spec in begun))
-  return begun if common else []
+  if common and len(begun) > 1:
+    return begun
+  return [spec for spec in left if not saved[spec.id]]
 
 
 def _failed_together(r: Running) -> bool:

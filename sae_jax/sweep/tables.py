@@ -189,6 +189,9 @@ def _point(
   marks: Sequence[Mark],
 ) -> Point:
   c, last = spec.config, marks[-1] if marks else None
+  # From the base config too: it tells a coefficient that is given from one that
+  # was found for an L0.
+  aimed = {'loss.target_l0': c.loss.target_l0} if c.loss.target_l0 else {}
   dead = [m['train/dead'] for m in lines if m.get('train/dead') is not None]
   figures = evaluation(run) if run else {}
   seconds = last.seconds if last else 0.0
@@ -198,7 +201,7 @@ def _point(
     state=state[0],
     reason=state[1],
     stage=spec.stage,
-    changes=json.dumps(spec.changes),
+    changes=json.dumps(spec.changes | aimed),
     activation=c.act.name,
     d_in=c.sae.d_in,
     latents=c.sae.latents,

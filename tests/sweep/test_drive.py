@@ -179,8 +179,12 @@ def test_points_that_were_planned_for_more_devices(copy):
   s = copy._replace(base=config)
   before = (job.folder / 'job.json').read_text()
   with pytest.raises(UserError, match='16 devices, there are 8'):
-    go(s, only=job.id)
+    go(s)
   assert (job.folder / 'job.json').read_text() == before
+  go(s, only=job.id)  # such as a task of a Slurm array: it is not tried again
+  failed = study.read_job(job.folder)['failed']
+  assert list(failed) == [job.specs[0].id]
+  assert '16 devices, there are 8' in failed[job.specs[0].id]
 
 
 def test_one_job_at_a_time_on_a_machine(copy, monkeypatch):

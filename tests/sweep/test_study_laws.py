@@ -331,6 +331,8 @@ def test_what_makes_runs_replicates():
   assert noise(a, b).free == 1
   assert noise(*(p._replace(k=None) for p in (a, b))) is None
   assert noise(*(p._replace(stage='trial') for p in (a, b))) is None
+  aimed = json.dumps({'loss.target_l0': 32.0})  # by the loss: c was chosen
+  assert noise(*(p._replace(changes=aimed) for p in (a, b))) is None
 
 
 def test_noise_that_moves_the_optimum_far_is_said():
