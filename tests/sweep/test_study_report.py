@@ -249,8 +249,10 @@ def test_what_the_page_says(page):
 
 def test_a_study_that_was_not_fitted(study, tmp_path):
   few = [study[0][0], study[0][-1], study[0][-2]]
-  page = report.write(tmp_path, 'early', few, [], {}).read_text()
+  shown = {'metric': 'fvu', 'flops': 'published'}
+  page = report.write(tmp_path, 'early', few, [], shown).read_text()
   assert 'No law was fitted' in page and 'not fitted' in page
+  assert 'noise is unknown' not in page  # nobody looked
   assert page.count('<svg') == 5  # compute, latents, two fronts, dead
   assert 'Left out: no width was trained at several learning rates.' in page
   page = report.write(tmp_path / 'none', 'none', [], [], {}).read_text()
