@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from unittest import mock
 
@@ -172,7 +173,7 @@ def test_the_others_go_on_together_when_one_begins_anew(copy):
   assert study.read_job(job.folder)['alone'] == {first.id: 0}
 
 
-def test_points_that_were_planned_for_more_devices(copy):
+def test_points_that_were_planned_for_more_devices(copy, monkeypatch):
   config = studies.base(copy.base.store.path, **{'mesh.dict': 16})
   (job,) = study.jobs(copy)
   shutil.rmtree(job.run(job.specs[0]))
@@ -185,6 +186,13 @@ def test_points_that_were_planned_for_more_devices(copy):
   failed = study.read_job(job.folder)['failed']
   assert list(failed) == [job.specs[0].id]
   assert '16 devices, there are 8' in failed[job.specs[0].id]
+  study.write_job(job.folder, json.loads(before))
+  changes = job.specs[1].changes | {'mesh.dict': 1, 'seed': 9}
+  study.add_jobs(s, [[job.specs[1]._replace(id='fits', changes=changes)]])
+  ran = lambda r: sys.exit(f'ran {r.job.id}')
+  monkeypatch.setattr(drive.run_job, 'run', ran)
+  with pytest.raises(SystemExit, match='ran fits'):  # it keeps no other back
+    go(s)
 
 
 def test_one_job_at_a_time_on_a_machine(copy, monkeypatch):

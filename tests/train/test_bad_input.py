@@ -8,7 +8,7 @@ from train_runs import SITE, config_of, overrides, planted_rows, run
 
 import sae_jax
 from sae_jax.store.create import write_arrays
-from sae_jax.train import loop
+from sae_jax.train import loop, progress
 from sae_jax.train import run as runs
 
 # Found out before there is a config.
@@ -202,6 +202,27 @@ def test_what_a_finished_run_refuses_and_takes(tmp_path, store):
   del config['act']['log_theta'], config['optim']['ema']
   (workdir / 'config.json').write_text(json.dumps(config))
   sae_jax.load(workdir)  # keys younger than the run have their defaults
+
+
+def test_moments_keep_their_decay(tmp_path, store):
+  """Rows that lag behind are brought up to date by it."""
+  config = config_of('topk.py:demo', *overrides(store))
+  runs.write_config(tmp_path, config)
+  config.optim.b2, config.train.resume = 0.9, True
+  with pytest.raises(sae_jax.UserError, match='optim.b2 cannot change'):
+    runs.check_run(tmp_path, config)
+
+
+@pytest.mark.parametrize('codes', ['sparse', 'dense'])
+def test_a_word_on_batches_that_outgrow_sparse_codes(
+  tmp_path, store, codes, monkeypatch, caplog
+):
+  monkeypatch.setattr(progress, '_DENSE', 5)
+  values = {'train.codes': codes, 'train.budget': 1, 'loss.l0_coef': 0.0}
+  config = config_of('jumprelu.py:demo', *overrides(store, **values))
+  loop.train(config, str(tmp_path / 'run'))
+  said = [r for r in caplog.messages if '5 updates in a row had more' in r]
+  assert len(said) == (codes == 'sparse')
 
 
 def test_loading_what_is_not_there(tmp_path):

@@ -2,15 +2,13 @@
 
 import os
 import shlex
-import socket
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from test_state_memory import small_config, start
-from train_runs import ROOT, command, overrides, run
+from train_runs import ROOT, command, overrides, run, start_children
 
 import sae_jax
 from sae_jax.train import checkpoints, integrity
@@ -118,20 +116,7 @@ except UserError as error:  # at Python's own end JAX waits for the others
 @pytest.mark.parametrize('who', [0, 1])
 def test_a_disk_that_refuses_one_process_of_a_job(tmp_path, who):
   """It says so at once: the barriers on its way out are not waited for."""
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    coordinator = f'localhost:{s.getsockname()[1]}'
-  env = os.environ | {
-    'PYTHONPATH': f'{ROOT}:{ROOT / "tests" / "train"}',
-    'JAX_NUM_CPU_DEVICES': '1',
-  }
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', CHILD, coordinator, str(i), tmp_path, str(who)],
-      env=env, stderr=subprocess.PIPE, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
+  children = start_children(CHILD, tmp_path, who, devices=1)
   try:
     stderr = children[who].communicate(timeout=60)[1]
     assert children[who].returncode == 2, stderr

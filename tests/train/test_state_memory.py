@@ -1,15 +1,10 @@
 """A mesh 1x8 holds an eighth of everything on each device, in all phases."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_runs import ROOT
+from train_runs import start_children
 
 from sae_jax.models.sae import Norm
 from sae_jax.parallel.mesh import DATA, make_mesh
@@ -135,20 +130,7 @@ def test_two_processes_read_half_each_and_agree(
       for step in (1, 2):
         manager.save(step, state, {'position': step})
   (tmp_path / 'checkpoints/2/meta/record.json').write_text('{}')
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    coordinator = f'localhost:{s.getsockname()[1]}'
-  env = os.environ | {
-    'PYTHONPATH': f'{ROOT}:{ROOT / "tests" / "train"}',
-    'JAX_NUM_CPU_DEVICES': '4',
-  }
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', CHILD, coordinator, str(i), str(tmp_path)],
-      env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
+  children = start_children(CHILD, tmp_path, devices=4)
   size = sum(x.nbytes for x in jax.tree.leaves(state))
   for child in children:
     out, err = child.communicate(timeout=200)

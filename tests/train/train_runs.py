@@ -105,6 +105,25 @@ def start_job(workdir, config, *flags, processes, devices, each=()):
   ]  # fmt: skip
 
 
+def start_children(code, *args, devices):
+  """Two processes that run `code`, each with so many devices, just started;
+  their arguments: a coordinator's address, their number, `args`."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    coordinator = f'localhost:{s.getsockname()[1]}'
+  env = os.environ | {
+    'PYTHONPATH': f'{ROOT}:{ROOT / "tests" / "train"}',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+  }
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', code, coordinator, str(i), *map(str, args)],
+      env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+
+
 def end_job(processes, *codes):
   """Waits for a job; what its processes said. They must end with `codes`."""
   said = [process.communicate(timeout=300)[1] for process in processes]
