@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sae_jax.models.codes import Flat, Rows
+from sae_jax.models.codes import Flat, Rows, positions
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
 from sae_jax.parallel.mesh import DICT, manual, platform, vary, vary_like
@@ -70,19 +70,42 @@ def _of_all_shards(found, k, s: SAE) -> Rows:
 
 
 def above(
-  s: SAE,
-  n: jax.Array,
-  floor: jax.Array,
-  theta: jax.Array,
-  budget: int,
-  dtype: Any = None,
-) -> tuple[Flat, jax.Array, jax.Array]:
+  s: SAE, n: jax.Array, floor: jax.Array, budget: int, dtype: Any = None
+) -> tuple[Flat, jax.Array]:
   """The candidates z > floor [F] of rows n [B, D], at most `budget` a row on
   the mean of a chunk of rows; NaN is one.
 
-  Returns them, how many z > theta [F] there are in all, and whether a chunk has
-  more candidates than fit: then the list is not whole, and not to be used.
+  Returns them, and whether a chunk has more than fit: then the search ends
+  there, and the list is not to be used.
   """
+  pick = lambda z, most, none: (~(z <= floor), none)
+  flat, _, over = _listed(s, n, pick, jnp.zeros(()), budget, dtype)
+  return flat, over
+
+
+def largest(
+  s: SAE, n: jax.Array, budget: int, dtype: Any = None
+) -> tuple[Flat, jax.Array, jax.Array]:
+  """The largest positive candidates of rows n [B, D], by chunks of rows.
+
+  Of each chunk those above a floor of its own that leaves half to all of
+  `budget` a row; the first one tried is that of the chunk before.
+  Returns them, the highest of the floors, 0 where all positive ones are there,
+  and whether some did not fit (equal ones).
+  """
+
+  def pick(z, most, floors):
+    floor = _floor(z, floors[0], most)
+    return ~(z <= floor), (floor, jnp.maximum(floors[1], floor))
+
+  start = jnp.zeros(()), jnp.zeros(())
+  flat, (_, highest), over = _listed(s, n, pick, start, budget, dtype)
+  return flat, highest, over
+
+
+def _listed(s: SAE, n, pick: Callable, state, budget: int, dtype):
+  """What pick(z, most, state) -> (mask, state) takes of each chunk's z, as one
+  list with room for `most` a chunk; (list, state, whether a chunk had more)."""
   F, B = len(s.b_enc), len(n)
   size = chunk_rows(B, F)
   if size * F >= 2**31:
@@ -90,35 +113,61 @@ def above(
   chunks, most = -(-B // size), size * min(budget, F)
   n = jnp.pad(n, ((0, chunks * size - B), (0, 0))).reshape(chunks, size, -1)
 
-  def add(carry, chunk):
-    (row, index, value, count, active, over), (j, n) = carry, chunk
+  def add(carry, j, n):
+    row, index, value, count, state, _ = carry
     z = s.pre(n, dtype)
     z = jnp.where((j * size + jnp.arange(size) < B)[:, None], z, -jnp.inf)
-    at, here = _find(~(z <= floor), most)
-    found = at // F, at % F, z.reshape(-1).at[at].get(mode='fill', fill_value=0)
+    mask, state = pick(z, most, state)
+    at, here = _find(mask, most)
     found = (
-      jnp.where(at < z.size, j * size + found[0], B),
-      jnp.where(at < z.size, found[1], F),
-      found[2],
+      jnp.where(at < z.size, j * size + at // F, B),
+      jnp.where(at < z.size, at % F, F),
+      z.reshape(-1).at[at].get(mode='fill', fill_value=0),
     )
     put = lambda a, x: lax.dynamic_update_slice(a, x, (count,))
     row, index, value = map(put, (row, index, value), found)
-    kept = jnp.minimum(here, most)
-    # Of a batch there may be more than int32 counts.
-    active = active + (z > theta).sum(1).astype(jnp.float32).sum()
-    return (row, index, value, count + kept, active, over | (here > most)), None
+    count += jnp.minimum(here, most)
+    return row, index, value, count, state, here > most
+
+  def next_(carry, chunk):
+    # The rest of a list that is not whole is not worth a product.
+    carry = lax.cond(carry[-1], lambda c, *_: c, add, carry, *chunk)
+    return carry, None
 
   N = chunks * most
   like = vary_like(n, s.W_enc)
   start = (
     jnp.full(N + most, B), jnp.full(N + most, F), jnp.zeros(N + most),
-    jnp.int32(0), jnp.float32(0), jnp.bool(False),
+    jnp.int32(0), state, jnp.bool(False),
   )  # fmt: skip
   start = jax.tree.map(lambda a: vary(a, *like), start)
-  (row, index, z, count, active, over), _ = lax.scan(
-    add, start, (jnp.arange(chunks), n)
-  )
-  return Flat(row[:N], index[:N], z[:N], count), active, over
+  end, _ = lax.scan(next_, start, (jnp.arange(chunks), n))
+  row, index, z, count, state, over = end
+  return Flat(row[:N], index[:N], z[:N], count), state, over
+
+
+def _floor(z: jax.Array, guess: jax.Array, most: int) -> jax.Array:
+  """A floor [] >= 0 that most / 2 to `most` entries of z are above, or all
+  positive ones: `guess` if it is one, else by bisection of its bits."""
+  value = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)
+  above = lambda bits: (~(z <= value(bits))).sum(dtype=jnp.int32)
+
+  def wrong(carry):
+    low, high, at, n = carry
+    few = (n < most // 2) & (at > 0)
+    return ((n > most) | few) & (high - low > 1)
+
+  def halve(carry):
+    low, high, at, n = carry
+    low, high = jnp.where(n > most, at, low), jnp.where(n > most, high, at)
+    at = low + (high - low) // 2
+    return low, high, at, above(at)
+
+  # Floats from 0 up are in the order of their bits.
+  at = lax.bitcast_convert_type(guess, jnp.int32)
+  zero, top = jnp.zeros_like(at), jnp.full_like(at, 0x7F800000)
+  _, high, at, n = lax.while_loop(wrong, halve, (zero, top, at, above(at)))
+  return value(jnp.where(n > most, high, at))
 
 
 def _find(mask, most):
@@ -131,28 +180,12 @@ def _find(mask, most):
   group = _GROUP if mask.shape[1] % _GROUP == 0 else 1
   mask = mask.reshape(-1, group)
   of_group = mask.sum(1, dtype=jnp.int32)
-  groups = _positions(of_group > 0, most)  # `most` of them, in order
+  groups = positions(of_group > 0, most)  # `most` of them, in order
   at = groups[:, None] * group + jnp.arange(group)
   held = mask.at[groups].get(mode='fill', fill_value=False)
-  places = _positions(held.reshape(-1), most)
+  places = positions(held.reshape(-1), most)
   at = at.reshape(-1).at[places].get(mode='fill', fill_value=mask.size)
   return at, of_group.sum()
-
-
-def _positions(mask, most):
-  """The first `most` places [most] where mask [M] is true, then M."""
-  width = 32
-  lines = jnp.pad(mask, (0, -len(mask) % width)).reshape(-1, width)
-  lines = lines.astype(jnp.float32)
-  before = jnp.triu(jnp.ones((width, width), jnp.float32), 1)
-  of_line = lines.sum(1).astype(jnp.int32)
-  first = jnp.cumsum(of_line) - of_line
-  # A product is the fastest short cumulative sum there is; counts below 32.
-  place = (lines @ before).astype(jnp.int32) + first[:, None]
-  place = jnp.where(lines > 0, place, most).reshape(-1)
-  found = vary(jnp.full(most, len(mask)), *vary_like(mask))
-  here = jnp.arange(len(place))
-  return found.at[place].set(here, mode='drop')
 
 
 def _in_chunks(f: Callable, n: jax.Array, latents: int) -> Any:

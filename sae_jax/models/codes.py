@@ -189,6 +189,30 @@ def _order(latent: jax.Array, top: int) -> jax.Array:
   return order
 
 
+def part(code: Flat, mask: jax.Array, most: int, none: tuple[int, int]) -> Flat:
+  """The first `most` of the candidates where mask [N]; none: (rows, F)."""
+  at = positions(mask, most)
+  take = lambda a, fill: a.at[at].get(mode='fill', fill_value=fill)
+  row, index = take(code.row, none[0]), take(code.index, none[1])
+  return Flat(row, index, take(code.z, 0), mask.sum(dtype=jnp.int32))
+
+
+def positions(mask: jax.Array, most: int) -> jax.Array:
+  """The first `most` places [most] where mask [M] is true, then M."""
+  width = 32
+  lines = jnp.pad(mask, (0, -len(mask) % width)).reshape(-1, width)
+  lines = lines.astype(jnp.float32)
+  before = jnp.triu(jnp.ones((width, width), jnp.float32), 1)
+  of_line = lines.sum(1).astype(jnp.int32)
+  first = jnp.cumsum(of_line) - of_line
+  # A product is the fastest short cumulative sum there is; counts below 32.
+  place = (lines @ before).astype(jnp.int32) + first[:, None]
+  place = jnp.where(lines > 0, place, most).reshape(-1)
+  found = vary(jnp.full(most, len(mask)), *vary_like(mask))
+  here = jnp.arange(len(place))
+  return found.at[place].set(here, mode='drop')
+
+
 def _slot(a, k):
   return lax.dynamic_index_in_dim(a, k, 1, keepdims=False)
 

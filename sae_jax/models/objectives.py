@@ -72,11 +72,6 @@ class L0Penalty(struct.PyTreeNode):
       l0 = (l0 - self.target) ** 2 / (2 * self.target)
     return ramp * self.coef * l0
 
-  def tangent(self, l0: jax.Array) -> 'L0Penalty':
-    """The linear penalty with the same slope at that mean L0."""
-    coef = self.coef * (l0 / self.target - 1) if self.quadratic else self.coef
-    return self.replace(coef=coef, quadratic=False)
-
 
 class AuxK(struct.PyTreeNode):
   """coef * |e - e_hat|^2 / var(e): dead latents learn to explain the error.

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.models import candidates, objectives
 from sae_jax.models.objectives import Penalty, Terms
 from sae_jax.models.sae import SAE, Norm
+from sae_jax.parallel import select
 from sae_jax.parallel.mesh import (
   DATA,
   DICT,
@@ -98,6 +99,23 @@ def held_out_terms(s: SAE, x: jax.Array) -> Terms:
   if jax.sharding.get_abstract_mesh().empty:
     return local(s, x)
   return on_each_device(local, sparse.TERMS)(s, x)
+
+
+def threshold(s: SAE, x: jax.Array, budget: int) -> jax.Array:
+  """What a BatchTopK's selection among all raw rows x [B@data, D] ends at: [].
+
+  Infinite where there is nothing to select, or `budget` candidates a row, on
+  the mean of a chunk, are too few to say.
+  """
+
+  def local(s, x):
+    found = sparse.find(s, s.norm_in(x), (), None, budget, None)
+    least = select.smallest_positive(found.code.z)
+    return jnp.where(found.over, jnp.inf, least)
+
+  if jax.sharding.get_abstract_mesh().empty:
+    return local(s, x)
+  return on_each_device(local, P())(s, x)
 
 
 def _over_rows(a: jax.Array) -> jax.Array:

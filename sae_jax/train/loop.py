@@ -167,9 +167,12 @@ def _run(
         if pending and save:  # nothing that is not finite is ever saved
           _read(progress, job, *pending)
           pending = None
-        if held_out is not None and (step > start or not start):
-          if step == last or step % every(c.eval_rows) == 0:
-            progress.write(step, _evaluate(job, states, held_out))
+        look = c.eval_rows and (step > start or not start)
+        look = look and (step == last or step % every(c.eval_rows) == 0)
+        if held_out is not None and (look or save):
+          states = job.settle(states, held_out)
+        if look:
+          progress.write(step, _evaluate(job, states, held_out))
         # Going back must lead behind what is being skipped.
         save = save and (over or ahead or not any(s.in_a_row for s in skips))
         if save and step != checkpoints[0].latest():

@@ -45,6 +45,8 @@ class Job(NamedTuple):
   part: Callable[[States, int], State]  # the i-th member's
   step: Callable[[States, jax.Array], tuple[States, Any]]
   split: Callable[[Any], list[dict[str, Any]]]  # a step's metrics by member
+  # As the states are to be saved and evaluated, see `step.make_settle`.
+  settle: Callable[[States, jax.Array], States]
   evaluate: Callable[[States, jax.Array], list[dict[str, Any]]]
 
 
@@ -73,6 +75,7 @@ def make_job(
     part=lambda state, i: state,
     step=plain_step(config),
     split=lambda metrics: [metrics],
+    settle=make_settle([config], stacked=False),
     evaluate=lambda state, x: [step.evaluate(state, x)],
   )
 
@@ -113,11 +116,16 @@ def _stacked(members: list[Member]) -> Job:
     of = lambda g, i: {name: v[i] for name, v in metrics[g].items()}
     return [of(*place[m]) for m in range(len(members))]
 
+  settles = [make_settle([configs[m] for m in group]) for group in groups]
+
+  def settle(stacked, x):
+    return [f(s, x) for f, s in zip(settles, stacked, strict=True)]
+
   def evaluate(stacked, x):
     of = lambda g, i: _evaluate_at(stacked[g], numbers[i], x)
     return [of(*place[m]) for m in range(len(members))]
 
-  return Job(members, join, part, all_steps, split, evaluate)
+  return Job(members, join, part, all_steps, split, settle, evaluate)
 
 
 def make_step(
@@ -158,6 +166,25 @@ def make_step(
     return stack, jax.reshard(metrics, P())  # for all processes to read
 
   return jax.jit(whole, donate_argnums=0)
+
+
+def make_settle(
+  configs: list[Config], stacked: bool = True
+) -> Callable[[State, jax.Array], State]:
+  """settle(stack, x [B@data, D] held-out rows) -> stack, see
+  `step.make_settle`; of configs that share a step, or of one plain run."""
+  settle = step.make_settle(configs[0])
+  if settle is None:
+    return lambda stack, x: stack
+  if not stacked:
+    return jax.jit(settle, donate_argnums=0)
+
+  def loop(stack, x):
+    one = lambda stack, i: (_with(stack, settle(_at(stack, i), x), i), None)
+    return jax.lax.scan(one, stack, jnp.arange(len(stack.step)))[0]
+
+  each = P(MEMBER)
+  return jax.jit(_over_members(loop, (each, P()), each), donate_argnums=0)
 
 
 def room(state: State, n: int) -> State:

@@ -21,7 +21,7 @@ from sae_jax.store import reader
 from sae_jax.store.batches import BatchSource
 from sae_jax.store.manifest import local_root, read_manifest
 from sae_jax.train import growing
-from sae_jax.train.config import stream_seed
+from sae_jax.train.config import member_configs, stream_seed
 from sae_jax.train.progress import Progress
 
 AHEAD = 2  # batches that lie on the devices before their step
@@ -78,8 +78,11 @@ def warn_of_size(config: Config, source: BatchSource) -> None:
 
 def held_out_rows(config: Config) -> jax.Array | None:
   """The first config.train.eval_size held-out rows [n@data, D], or as many as
-  there are; None when no evaluation is asked for."""
-  if not config.train.eval_rows:
+  there are; None when nothing needs them, or, without evaluations, there are
+  none."""
+  runs = member_configs(config) or [config]
+  used = any(run.act.name == 'batchtopk' for run in runs)
+  if not config.train.eval_rows and not used:
     return None
   c, taken = config.store, []
   unit, size = config.mesh.data, config.train.eval_size
@@ -88,6 +91,8 @@ def held_out_rows(config: Config) -> jax.Array | None:
     if sum(map(len, taken)) >= size:
       break
   count = min(sum(map(len, taken)), size) // unit * unit
+  if not count and not config.train.eval_rows:
+    return None
   if not count:
     raise UserError(
       f'config.train.eval_rows={config.train.eval_rows} asks for evaluations, '

@@ -37,7 +37,6 @@ class Found(NamedTuple):
 
   code: Codes
   aux: Rows | None  # AuxK's latents
-  l0: jax.Array  # [] mean active latents of a row, over all devices
   over: jax.Array  # [] bool: a device has more candidates than its list holds
 
 
@@ -58,36 +57,34 @@ def find(
   budget: candidates a row that a device's list has room for, on the mean.
   """
   aux_k = sum(p.k for p in penalties if isinstance(p, AuxK))
-  no = jnp.bool(False)
   if isinstance(s.act, TopK):
     code, aux = candidates.top_k(s, n, s.act.k, dead, aux_k, dtype)
-    return Found(code, aux, jnp.float32(s.act.k), no)
+    return Found(code, aux, jnp.bool(False))
   if isinstance(s.act, JumpReLU):
-    floor, theta = activations.floor(s.act), s.act.theta
-    flat, active, over = candidates.above(s, n, floor, theta, budget, dtype)
-    l0 = mean_rows(sum_latents(active / len(n))[None])
-    return Found(flat, None, l0, anywhere(over))
+    flat, over = candidates.above(s, n, activations.floor(s.act), budget, dtype)
+    return Found(flat, None, anywhere(over))
   return _batch_top_k(s, s.act, n, budget, dtype)
 
 
 def _batch_top_k(s: SAE, act: BatchTopK, n, budget, dtype) -> Found:
-  """The k B largest of what exceeds most of the last batches' threshold.
+  """The k B largest of the chunks' largest.
 
-  `over` too when these candidates are fewer: the threshold fell by a third.
+  `over` too when one of them may be missing: rows of one chunk, or latents of
+  one device, that have more than twice their share.
   """
   B, F = len(n), len(s.b_enc)
-  floor = jnp.full_like(s.b_enc, act.theta * (2 / 3))
-  flat, _, over = candidates.above(s, n, floor, floor, budget, dtype)
+  flat, floor, over = candidates.largest(s, n, budget, dtype)
   rows, row = _places(B, flat.row, DATA)
   latents, latent = _places(F, flat.index, DICT)
   used = jnp.arange(len(flat.z)) < flat.count
   z, most = jnp.where(used, flat.z, -jnp.inf), act.k * rows
   mask = used & select.largest_of_list(z, row, latent, most, (rows, latents))
-  short = lax.psum(flat.count, vary_like(flat.z)) < most
-  flat = flat._replace(
-    index=jnp.where(mask, flat.index, F), z=jnp.where(mask, flat.z, 0)
-  )
-  return Found(flat, None, jnp.float32(act.k), anywhere(over) | short)
+  axes = vary_like(flat.z)
+  least = lax.pmin(jnp.where(mask, flat.z, jnp.inf).min(), axes)
+  short = lax.psum(flat.count, axes) < most
+  lost = (floor > 0) & (short | (least <= floor))
+  flat = codes.part(flat, mask, min(most, len(mask)), (B, F))
+  return Found(flat, None, anywhere(over | lost))
 
 
 def _places(n, index, axis):
@@ -131,7 +128,7 @@ def gradients(
     return few()
   return lax.cond(
     found.over,
-    lambda: exact(s, n, penalties, dead, ramp, dtype, found.l0),
+    lambda: exact(s, n, penalties, dead, ramp, dtype),
     few,
   )
 
@@ -182,31 +179,32 @@ def exact(
   dead: jax.Array,
   ramp: jax.Array,
   dtype,
-  l0: jax.Array,
 ) -> tuple[jax.Array, Terms, SAE]:
   """(loss, its terms, gradients as arrays) with nothing left out.
 
-  For a batch with more candidates than fit, whose mean L0 is `l0`. Taken chunk
-  by chunk of rows, so that no [B, F] exists: each has the penalty's slope at
-  l0, which makes the loss linear in rows. A BatchTopK selects in all at once.
+  For a batch with more candidates than fit. Taken chunk by chunk of rows, so
+  that no [B, F] exists: the penalty, a function of the mean L0, by the slope
+  of that mean. A BatchTopK selects in all rows at once.
   """
   grad = jax.value_and_grad(objectives.loss, has_aux=True)
-  whole = isinstance(s.act, BatchTopK)
-  of_l0 = [p for p in penalties if isinstance(p, L0Penalty)]
-  lines = penalties if whole else tuple(p.tangent(l0) for p in of_l0)
-
-  def part(n):
-    (loss, terms), grads = grad(
-      s, n, n, lines, dead=dead, ramp=ramp, dtype=dtype
-    )
+  kinds = dict(dead=dead, ramp=ramp, dtype=dtype)
+  if isinstance(s.act, BatchTopK):
+    (loss, terms), grads = grad(s, n, n, penalties, **kinds)
     return loss, terms, grads
 
-  if whole:
-    return part(n)
-  _, terms, grads = mean_of_parts(
-    part, n, candidates.chunks(len(n), len(s.b_enc))
-  )
-  penalty = sum((p.of(l0, ramp) for p in of_l0), jnp.zeros_like(terms.mse))
+  def part(n):
+    (_, terms), grads = grad(s, n, n, (), **kinds)
+    z = s.pre(n, dtype)  # compiled once with the loss's own
+    return terms, grads, jax.grad(lambda act: mean_rows(act.l0(z)))(s.act)
+
+  parts = candidates.chunks(len(n), len(s.b_enc))
+  terms, grads, slopes = mean_of_parts(part, n, parts)
+  of_l0 = [p for p in penalties if isinstance(p, L0Penalty)]
+  penalty, slope = jax.value_and_grad(
+    lambda l0: sum((p.of(l0, ramp) for p in of_l0), jnp.zeros_like(l0))
+  )(mean_rows(terms.l0[None]))
+  add = lambda a, b: a + slope * b
+  grads = grads.replace(act=jax.tree.map(add, grads.act, slopes))
   return terms.mse + penalty, terms._replace(penalty=penalty), grads
 
 

@@ -12,7 +12,7 @@ from sae_jax.models import activations, objectives
 from sae_jax.parallel.mesh import split_latents
 from sae_jax.train import optim
 from sae_jax.train import touched as touch
-from sae_jax.train.gradients import gradients, held_out_terms
+from sae_jax.train.gradients import gradients, held_out_terms, threshold
 from sae_jax.train.state import (
   State,
   candidates,
@@ -81,8 +81,9 @@ def make_update(
     batch = Batch(x, knobs.penalties, dead, jnp.float32(ramp), lr)
     out = rule(config, budget, state, batch)
     terms, good, after = out.terms, out.good, out.params
-    t = jnp.minimum(config.act.theta_ema, state.step / (state.step + 1.0))
-    act = activations.update(after.act, terms.seen, t)  # t: no bias
+    # Early, of the last fiftieth of the run: thresholds move with the weights.
+    t = jnp.clip(1 - 50 / (state.step + 1.0), 0, config.act.theta_ema)
+    act = activations.update(after.act, terms.seen, t)
     after = after.replace(act=_keep(good, act, after.act))
     ema = state.ema
     if ema is not None:  # first update: the weights themselves, so no bias
@@ -201,6 +202,31 @@ def _in_rows(
   return Updated(
     out.loss, out.terms, out.norm, out.good, after, opt, rows.touched
   )
+
+
+def make_settle(config: Config) -> Callable[[State, jax.Array], State] | None:
+  """settle(state, x [B@data, D] held-out rows) -> the state to save or look at.
+
+  Of BatchTopK alone, None of others: theta as those rows have it, with the
+  weights of now. The mean that training keeps lags behind them, and rows just
+  trained on have other latents than new ones. Training does not depend on it.
+  """
+  if config.act.name != 'batchtopk':
+    return None
+  budget = candidates(config) or min(4 * config.act.k, config.sae.latents)
+
+  def settle(state: State, x):
+    theta = threshold(final_sae(state.sae, state.ema), x, budget)
+
+    def put(s):
+      if s is None:
+        return None
+      new = jnp.where(jnp.isfinite(theta), theta, s.act.theta)
+      return s.replace(act=s.act.replace(theta=new))
+
+    return state.replace(sae=put(state.sae), ema=put(state.ema))
+
+  return settle
 
 
 @jax.jit

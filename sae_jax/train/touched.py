@@ -102,9 +102,7 @@ def step(
       return _after_sums((loss, terms, sums), rows, adam)
 
     def everything(rows):
-      loss, terms, grads = sparse.exact(
-        params, n, penalties, dead, ramp, dtype, found.l0
-      )
+      loss, terms, grads = sparse.exact(params, n, penalties, dead, ramp, dtype)
       return _after_arrays(loss, terms, grads, rows, adam)
 
     aux = any(isinstance(p, AuxK) for p in penalties)
