@@ -14,7 +14,14 @@ from jax import lax
 from sae_jax.models.codes import Flat, Rows, positions
 from sae_jax.models.sae import SAE
 from sae_jax.parallel import select
-from sae_jax.parallel.mesh import DICT, manual, platform, vary, vary_like
+from sae_jax.parallel.mesh import (
+  DICT,
+  manual,
+  platform,
+  vary,
+  vary_like,
+  zeros,
+)
 
 _GROUP = 16  # latents searched as one for candidates
 # z of a chunk of rows. On a CPU it should stay in the last cache; elsewhere
@@ -36,26 +43,29 @@ def top_k(
 
   def of_chunk(n):
     z = s.pre(n, dtype)
-    found = _best(z, k)
-    if not aux_k:
-      return found, None
-    assert dead is not None
-    return found, _best(jnp.where(dead, z, -jnp.inf), aux_k)
+    return _best(z, k), _best_dead(z, dead, aux_k)
 
   main, aux = _in_chunks(of_chunk, n, len(s.b_enc))
-  rows = _of_all_shards(main, k, s)
-  if aux is None:
-    return rows, None
-  rest = _of_all_shards(aux, aux_k, s)
-  alive = jnp.isneginf(rest.z)  # fewer than aux_k are dead
-  index = jnp.where(alive, len(s.b_enc), rest.index)
-  return rows, Rows(index, jnp.where(alive, 0, rest.z))
+  return _of_all_shards(main, k, s), _dead_of_all_shards(aux, aux_k, s)
 
 
 def _best(z, k):
   """(index, z) [C, min(k, F)] of a chunk's largest, in order of size."""
   index = select.top_k(z, min(k, z.shape[1]))
   return index, jnp.take_along_axis(z, index, 1)
+
+
+def _best_dead(z, dead, aux_k):
+  return _best(jnp.where(dead, z, -jnp.inf), aux_k) if aux_k else None
+
+
+def _dead_of_all_shards(found, aux_k, s: SAE) -> Rows | None:
+  if found is None:
+    return None
+  rest = _of_all_shards(found, aux_k, s)
+  alive = jnp.isneginf(rest.z)  # fewer than aux_k are dead
+  index = jnp.where(alive, len(s.b_enc), rest.index)
+  return Rows(index, jnp.where(alive, 0, rest.z))
 
 
 def _of_all_shards(found, k, s: SAE) -> Rows:
@@ -78,34 +88,41 @@ def above(
   Returns them, and whether a chunk has more than fit: then the search ends
   there, and the list is not to be used.
   """
-  pick = lambda z, most, none: (~(z <= floor), none)
-  flat, _, over = _listed(s, n, pick, jnp.zeros(()), budget, dtype)
+  pick = lambda z, most, none: (~(z <= floor), none, none)
+  flat, _, _, over = _listed(s, n, pick, (), budget, dtype)
   return flat, over
 
 
 def largest(
-  s: SAE, n: jax.Array, budget: int, dtype: Any = None
-) -> tuple[Flat, jax.Array, jax.Array]:
+  s: SAE,
+  n: jax.Array,
+  budget: int,
+  dead: jax.Array | None = None,
+  aux_k: int = 0,
+  dtype: Any = None,
+) -> tuple[Flat, Rows | None, jax.Array, jax.Array]:
   """The largest positive candidates of rows n [B, D], by chunks of rows.
 
   Of each chunk those above a floor of its own that leaves half to all of
   `budget` a row; the first one tried is that of the chunk before.
-  Returns them, the highest of the floors, 0 where all positive ones are there,
-  and whether some did not fit (equal ones).
+  Returns them, AuxK's as `top_k` has them, the highest of the floors, 0 where
+  all positive ones are there, and whether some did not fit (equal ones).
   """
 
   def pick(z, most, floors):
     floor = _floor(z, floors[0], most)
-    return ~(z <= floor), (floor, jnp.maximum(floors[1], floor))
+    floors = floor, jnp.maximum(floors[1], floor)
+    return ~(z <= floor), floors, _best_dead(z, dead, aux_k)
 
   start = jnp.zeros(()), jnp.zeros(())
-  flat, (_, highest), over = _listed(s, n, pick, start, budget, dtype)
-  return flat, highest, over
+  flat, (_, highest), aux, over = _listed(s, n, pick, start, budget, dtype)
+  return flat, _dead_of_all_shards(aux, aux_k, s), highest, over
 
 
 def _listed(s: SAE, n, pick: Callable, state, budget: int, dtype):
-  """What pick(z, most, state) -> (mask, state) takes of each chunk's z, as one
-  list with room for `most` a chunk; (list, state, whether a chunk had more)."""
+  """What pick(z, most, state) -> (mask, state, found) takes of each chunk's z,
+  as one list with room for `most` a chunk; (list, state, what was found of each
+  row, whether a chunk had more)."""
   F, B = len(s.b_enc), len(n)
   size = chunk_rows(B, F)
   if size * F >= 2**31:
@@ -117,7 +134,7 @@ def _listed(s: SAE, n, pick: Callable, state, budget: int, dtype):
     row, index, value, count, state, _ = carry
     z = s.pre(n, dtype)
     z = jnp.where((j * size + jnp.arange(size) < B)[:, None], z, -jnp.inf)
-    mask, state = pick(z, most, state)
+    mask, state, rest = pick(z, most, state)
     at, here = _find(mask, most)
     found = (
       jnp.where(at < z.size, j * size + at // F, B),
@@ -127,12 +144,13 @@ def _listed(s: SAE, n, pick: Callable, state, budget: int, dtype):
     put = lambda a, x: lax.dynamic_update_slice(a, x, (count,))
     row, index, value = map(put, (row, index, value), found)
     count += jnp.minimum(here, most)
-    return row, index, value, count, state, here > most
+    return (row, index, value, count, state, here > most), rest
 
   def next_(carry, chunk):
     # The rest of a list that is not whole is not worth a product.
-    carry = lax.cond(carry[-1], lambda c, *_: c, add, carry, *chunk)
-    return carry, None
+    rest = jax.eval_shape(add, carry, *chunk)[1]
+    none = lambda carry, *_: (carry, jax.tree.map(zeros, rest))
+    return lax.cond(carry[-1], none, add, carry, *chunk)
 
   N = chunks * most
   like = vary_like(n, s.W_enc)
@@ -141,9 +159,10 @@ def _listed(s: SAE, n, pick: Callable, state, budget: int, dtype):
     jnp.int32(0), state, jnp.bool(False),
   )  # fmt: skip
   start = jax.tree.map(lambda a: vary(a, *like), start)
-  end, _ = lax.scan(next_, start, (jnp.arange(chunks), n))
+  end, rest = lax.scan(next_, start, (jnp.arange(chunks), n))
   row, index, z, count, state, over = end
-  return Flat(row[:N], index[:N], z[:N], count), state, over
+  rest = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:B], rest)
+  return Flat(row[:N], index[:N], z[:N], count), state, rest, over
 
 
 def _floor(z: jax.Array, guess: jax.Array, most: int) -> jax.Array:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -133,6 +134,11 @@ def vary(x: jax.Array, *axes: str) -> jax.Array:
   """
   missing = tuple(a for a in axes if manual(a) and a not in varying(x))
   return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+
+def zeros(like: Any) -> jax.Array:
+  """Of that shape and type, on the same axes each device's own."""
+  return vary(jnp.zeros(like.shape, like.dtype), *varying(like))
 
 
 def vary_like(*arrays: Any) -> tuple[str, ...]:

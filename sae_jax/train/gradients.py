@@ -54,7 +54,7 @@ def gradients(
 
     def part(x):
       n = norm(x)
-      if budget and sparse.works(params.act, penalties):
+      if budget:
         return sparse.gradients(
           params, n, penalties, dead, ramp, budget=budget, dtype=dtype
         )

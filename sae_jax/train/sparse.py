@@ -23,9 +23,9 @@ from sae_jax.parallel.mesh import (
   manual,
   mean_rows,
   sum_latents,
-  vary,
   vary_like,
   varying,
+  zeros,
 )
 
 # How the terms of a batch lie on the mesh.
@@ -63,17 +63,17 @@ def find(
   if isinstance(s.act, JumpReLU):
     flat, over = candidates.above(s, n, activations.floor(s.act), budget, dtype)
     return Found(flat, None, anywhere(over))
-  return _batch_top_k(s, s.act, n, budget, dtype)
+  found = candidates.largest(s, n, budget, dead, aux_k, dtype)
+  return _batch_top_k(s, s.act, len(n), *found)
 
 
-def _batch_top_k(s: SAE, act: BatchTopK, n, budget, dtype) -> Found:
+def _batch_top_k(s: SAE, act: BatchTopK, B, flat, aux, floor, over) -> Found:
   """The k B largest of the chunks' largest.
 
   `over` too when one of them may be missing: rows of one chunk, or latents of
   one device, that have more than twice their share.
   """
-  B, F = len(n), len(s.b_enc)
-  flat, floor, over = candidates.largest(s, n, budget, dtype)
+  F = len(s.b_enc)
   rows, row = _places(B, flat.row, DATA)
   latents, latent = _places(F, flat.index, DICT)
   used = jnp.arange(len(flat.z)) < flat.count
@@ -84,7 +84,7 @@ def _batch_top_k(s: SAE, act: BatchTopK, n, budget, dtype) -> Found:
   short = lax.psum(flat.count, axes) < most
   lost = (floor > 0) & (short | (least <= floor))
   flat = codes.part(flat, mask, min(most, len(mask)), (B, F))
-  return Found(flat, None, anywhere(over | lost))
+  return Found(flat, aux, anywhere(over | lost))
 
 
 def _places(n, index, axis):
@@ -99,12 +99,6 @@ def _places(n, index, axis):
 def anywhere(flag: jax.Array) -> jax.Array:
   """Whether it is true on any device."""
   return lax.psum(flag.astype(jnp.int32), vary_like(flag)) > 0
-
-
-def works(act: activations.Activation, penalties: tuple[Penalty, ...]) -> bool:
-  """Whether there is a sparse rule: not for AuxK with BatchTopK."""
-  aux = any(isinstance(p, AuxK) for p in penalties)
-  return not (aux and isinstance(act, BatchTopK))
 
 
 def gradients(
@@ -218,11 +212,6 @@ def mean_of_parts(part, x: jax.Array, parts: int):
   add = lambda total, j: (jax.tree.map(jnp.add, total, take(j)), None)
   total, _ = lax.scan(add, zero, jnp.arange(parts))
   return jax.tree.map(lambda a: a if a.dtype == bool else a / parts, total)
-
-
-def zeros(like: Any) -> jax.Array:
-  """Of that shape and type, on the same axes each device's own."""
-  return vary(jnp.zeros(like.shape, like.dtype), *varying(like))
 
 
 def dense(sums: Sums, latents: int) -> SAE:

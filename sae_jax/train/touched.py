@@ -94,31 +94,24 @@ def step(
 
     def by_code(penalties):
       found = sparse.find(params, n, penalties, dead, budget, dtype)
-      return sparse.of_code(params, n, n, found, penalties, dead, ramp)
-
-    def few(rows):
-      rest = tuple(p for p in penalties if not isinstance(p, AuxK))
-      loss, terms, sums = sparse.of_code(params, n, n, found, rest, dead, ramp)
-      return _after_sums((loss, terms, sums), rows, adam)
+      out = sparse.of_code(params, n, n, found, penalties, dead, ramp)
+      return found.over, out
 
     def everything(rows):
-      loss, terms, grads = sparse.exact(params, n, penalties, dead, ramp, dtype)
-      return _after_arrays(loss, terms, grads, rows, adam)
+      out = sparse.exact(params, n, penalties, dead, ramp, dtype)
+      return _after_arrays(*out, rows, adam)
 
-    aux = any(isinstance(p, AuxK) for p in penalties)
-    any_dead = sum_latents(dead.sum()) > 0
-    if not isinstance(params.act, TopK):
-      search = lambda: sparse.find(params, n, (), dead, budget, dtype)
-      none = lambda: jax.tree.map(sparse.zeros, jax.eval_shape(search))
-      # AuxK has no sparse rule with BatchTopK: then there is none to find.
-      found = lax.cond(any_dead, none, search) if aux else search()
-      return lax.cond(found.over | (any_dead & aux), everything, few, rows)
-    if not aux:
-      return _after_sums(by_code(penalties), rows, adam)
-    like = jax.eval_shape(lambda: by_code(penalties))
-    padded = lambda: jax.tree.map(_pad_to, by_code(()), like)
-    out = lax.cond(any_dead, lambda: by_code(penalties), padded)
-    return _after_sums(out, rows, adam)
+    whole = lambda: by_code(penalties)
+    if any(isinstance(p, AuxK) for p in penalties):
+      like = jax.eval_shape(whole)
+      padded = lambda: jax.tree.map(_pad_to, by_code(()), like)
+      over, out = lax.cond(sum_latents(dead.sum()) > 0, whole, padded)
+    else:
+      over, out = whole()
+    few = lambda rows: _after_sums(out, rows, adam)
+    if isinstance(params.act, TopK):
+      return few(rows)
+    return lax.cond(over, everything, few, rows)
 
   params = params.replace(W_enc=None, W_dec=None)
   arguments = params, norm, x, penalties, dead, ramp, rows, adam
