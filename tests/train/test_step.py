@@ -185,7 +185,9 @@ def test_the_threshold_is_a_running_mean_of_the_smallest_latents():
   s = jax.jit(lambda norm: state.init_state(config, norm))(_norm())
   assert s.sae.act.theta == 0
   step_fn, theta, mean = step.make_step(config), 0.0, 0.0
-  for i, decay in enumerate([0, 1 / 2, 0.6, 0.6]):
+  for i, at in enumerate([20, 98, 99, 300]):
+    decay = [0, 49 / 99, 1 / 2, 0.6][i]  # of the last fiftieth, or theta_ema
+    s = s.replace(step=jnp.int32(at))
     x = jnp.asarray(_rows(seed=i))
     z = np.asarray(s.sae.pre(s.sae.norm_in(x)))
     best = np.sort(z, axis=None)[-4 * B :]
