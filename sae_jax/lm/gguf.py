@@ -17,8 +17,7 @@ from sae_jax.lm.config import LMConfig, RopeScaling
 
 GEMMAS = ('gemma', 'gemma2', 'gemma3')
 ARCHITECTURES = ('llama', 'qwen2', 'qwen3', *GEMMAS)  # Mistral's is llama
-# Keys of an architecture that change no activation; any other that we do not
-# read is refused.
+# Keys that change no activation; others that we do not read are refused
 _HARMLESS = (
   'context_length', 'rope.scaling.original_context_length',  # of its training
   'rope.scaling.finetuned', 'vocab_size',  # likewise; the embedding's rows
@@ -67,8 +66,7 @@ def opened(path: Path) -> place.Opened:
     tensors |= more
   try:
     cfg = _config(meta, tensors, path)
-  # Numbers that contradict each other, words in the place of numbers
-  except (ValueError, TypeError, ArithmeticError) as error:
+  except (ValueError, TypeError, ArithmeticError) as error:  # bad numbers
     raise UserError(f'{path}: {error}') from error
   ids = {
     ours: meta.get(f'tokenizer.ggml.{theirs}_token_id')
@@ -106,9 +104,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     meta = {name: field.contents() for name, field in reader.fields.items()}
     return meta, {tensor.name: tensor for tensor in reader.tensors}
   except OSError as error:
-    raise UserError(
-      f'cannot read the model {file}: {error.strerror}'
-    ) from error
+    raise UserError(f'cannot read {file}: {error.strerror}') from error
   except (ValueError, IndexError, KeyError, OverflowError) as error:
     raise UserError(
       f'{file} is not a GGUF file, cut off or damaged ({error}); fetch it again'

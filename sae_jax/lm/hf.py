@@ -60,9 +60,8 @@ _OTHER_HEADS = ('score.', 'qa_outputs.', 'v_head.')  # classifiers, rewards
 def opened(folder: Path, weights: str = '') -> place.Opened:
   """A folder's model, still to be read; weights: as of weight_files.
 
-  Raises UserError where there is no config.json, for what we do not implement,
-  for a file that is missing or cut off; its parts do for a missing tokenizer,
-  tensors that do not fit.
+  Raises UserError for what is missing, cut off or not implemented; its parts do
+  for a missing tokenizer, tensors that do not fit.
   """
   cfg, ids = _read_config(folder)
   files = {}
@@ -116,7 +115,7 @@ def _read_config(folder: Path) -> tuple[LMConfig, dict[str, int | None]]:
     # Given head_dim, the hidden size need be no multiple of the heads, whatever
     # transformers checks (its issue 46082): it is told 0 first.
     size = raw.get('head_dim') and raw.get('hidden_size')
-    told = raw | {'hidden_size': 0} if size else raw
+    told = dict[str, Any](raw, hidden_size=0) if size else raw
     whole = transformers.AutoConfig.for_model(**told)
     if size:
       whole.hidden_size = size

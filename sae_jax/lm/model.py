@@ -111,8 +111,8 @@ def check_head(cfg: LMConfig) -> None:
   """Raises UserError where the model gives activations but no logits."""
   if not cfg.head:
     raise UserError(
-      'the language model was saved without its head (lm_head.weight): it has '
-      'no logits; evaluate with --lm=false'
+      'the language model was saved without its head (lm_head.weight), so that '
+      'it has no logits: evaluate with --lm=false'
     )
 
 

@@ -148,6 +148,5 @@ def _sha256(kind: str, path: Path, weights: str) -> str:
     digests = list(pool.map(digest, files))
   if len(files) == 1:
     return digests[0]
-  pairs = zip(digests, files, strict=True)
-  lines = [f'{x}  {file.name}\n' for x, file in pairs]
+  lines = [f'{x}  {y.name}\n' for x, y in zip(digests, files, strict=True)]
   return hashlib.sha256(''.join(lines).encode()).hexdigest()

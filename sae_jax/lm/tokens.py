@@ -162,8 +162,7 @@ def _most(tokenizer: tokenizers.Tokenizer) -> int:
 def from_gguf(meta: Mapping[str, Any], where: str) -> Words:
   """The tokenizer of a GGUF file's metadata; where: its path for messages.
 
-  Raises UserError for another kind of tokenizer, and for one whose merges,
-  scores or kinds do not fit its vocabulary.
+  Raises UserError for another kind of tokenizer, or parts that do not fit.
   """
   kind, cut = meta.get('tokenizer.ggml.model'), meta.get('tokenizer.ggml.pre')
   if kind not in ('gpt2', 'llama') or (kind == 'gpt2' and cut not in _CUTS):
@@ -186,10 +185,9 @@ def from_gguf(meta: Mapping[str, Any], where: str) -> Words:
       if kind in (_CONTROL, _USER_DEFINED)
     ])  # fmt: skip
   except Exception as error:  # the package raises Exception itself
-    reason = ' '.join(str(error).split())[:160]
     raise UserError(
-      f'{where}: its vocabulary lacks something or contradicts itself '
-      f'({reason}): name a folder that has the tokenizer with model.tokenizer'
+      f'{where}: its vocabulary does not fit together ({error!r:.160}): name '
+      'a folder that has the tokenizer with model.tokenizer'
     ) from error
   get = lambda name: meta.get(f'tokenizer.ggml.{name}_token_id')
   # Qwen's files name a BOS that is not to be used

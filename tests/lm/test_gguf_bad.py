@@ -38,8 +38,8 @@ def params():
       'llama.attention.head_count_kv is not the same for every layer',
     ),
     (dict(more_keys={'expert_count': 8}), 'is a mixture of experts'),
-    (dict(merge='Ċ Ġ'), r'contradicts itself \(.*`ĊĠ` out of vocab.*tokenizer'),
-    (dict(merge='Ċ x y'), r'vocabulary .* contradicts itself \(.*tokenizer'),
+    (dict(merge='Ċ Ġ'), 'not fit together .*`ĊĠ` out of vocab.*tokenizer'),
+    (dict(merge='Ċ x y'), 'vocabulary does not fit together .*tokenizer'),
     (dict(eos=400), 'ids up to 400, the embedding 259 rows'),
     (dict(endianess=gguf.GGUFEndian.BIG), 'is a big-endian GGUF file'),
     (
@@ -64,9 +64,9 @@ def test_a_tensor_of_another_shape(tmp_path, params):
 
 
 def test_broken_files(tmp_path, params):
-  with pytest.raises(UserError, match='cannot read the model .*No such file'):
+  with pytest.raises(UserError, match='cannot read .*gguf: No such file'):
     load(tmp_path / 'absent.gguf')
-  with pytest.raises(UserError, match='cannot read the model .*directory'):
+  with pytest.raises(UserError, match='cannot read .*directory'):
     load(tmp_path)
   text = tmp_path / 'text.gguf'
   text.write_text('version https://git-lfs')
