@@ -23,6 +23,7 @@ from sae_jax.evaluate.contexts import top_contexts
 from sae_jax.evaluate.held_out import HeldOut, read_held_out, spread
 from sae_jax.evaluate.reconstruction import Reconstruction, reconstruction
 from sae_jax.evaluate.splice import Splice, splice_loss
+from sae_jax.lm.model import check_head
 from sae_jax.lm.subject import Subject, load_subject, weights_sha256
 from sae_jax.models.sae import SAE
 from sae_jax.store import reader
@@ -167,6 +168,8 @@ def open_model(
         f'({name} {found[:12]}..., in the store {str(expected)[:12]}...): '
         'give --model_path'
       )
+  if needed:
+    check_head(subject.cfg)
   return subject
 
 

@@ -18,6 +18,7 @@ def base_config() -> Config:
   c.model = ConfigDict()
   c.model.kind = ''  # 'hf', 'hub', 'gguf'; '': what the path looks like
   c.model.path = ''  # a folder, a .gguf file, or org/name
+  c.model.weights = ''  # of a folder: the file or index to read, of several
   c.model.tokenizer = ''  # a folder or tokenizer.json; '': the model's own
 
   c.text = ConfigDict()

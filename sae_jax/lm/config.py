@@ -59,6 +59,7 @@ class LMConfig:
   embed_scale: float | None = None  # Gemma: sqrt(d_model)
   tied: bool = True  # logits through the transposed embedding
   final_softcap: float | None = None  # Gemma 2: 30
+  head: bool = True  # False: saved without what makes logits
 
   def __post_init__(self):
     if self.heads % self.kv_heads:

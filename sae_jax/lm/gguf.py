@@ -4,6 +4,7 @@ The file is memory-mapped; of a quantised tensor only the blocks that a slice
 needs are dequantised.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from sae_jax.lm.config import LMConfig, RopeScaling
 
 GEMMAS = ('gemma', 'gemma2', 'gemma3')
 ARCHITECTURES = ('llama', 'qwen2', 'qwen3', *GEMMAS)  # Mistral's is llama
+# Keys that change no activation; others that we do not read are refused
+_HARMLESS = (
+  'context_length', 'rope.scaling.original_context_length',  # of its training
+  'rope.scaling.finetuned', 'vocab_size',  # likewise; the embedding's rows
+  'tensor_data_layout',  # the order of rows that `_unpermuted` undoes
+  'expert_used_count', 'pooling_type',  # 0 of 0; what is done with the output
+)  # fmt: skip
+# Widths that may be given once more, for us all the same.
+_HEAD_DIMS = (
+  'rope.dimension_count', 'rope.dimension_count_swa', 'attention.value_length',
+  'attention.key_length_swa', 'attention.value_length_swa',
+)  # fmt: skip
 
 # Our name of a tensor of a layer -> GGUF's
 _LAYER = {
@@ -39,15 +52,21 @@ def opened(path: Path) -> place.Opened:
   """A file's model, still to be read.
 
   Raises UserError for a file that is missing, damaged, no GGUF or of an
-  architecture we do not know; its parts do for a tokenizer of an unknown kind
-  and for tensors that do not fit.
+  architecture we do not know, for a key of it that we do not know; its parts do
+  for a tokenizer of an unknown kind and for tensors that do not fit.
   """
-  reader = _open(path)
-  meta = {name: field.contents() for name, field in reader.fields.items()}
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  (meta, tensors), *others = [_open(part) for part in files(path)]
+  no, count = meta.get('split.no', 0), meta.get('split.count', 1)
+  if no or count > 1 + len(others):
+    raise UserError(
+      f'{path} is file {no + 1} of {count} of one model: give the first, '
+      f'NAME-00001-of-{count:05}.gguf, with the others beside it'
+    )
+  for _, more in others:
+    tensors |= more
   try:
     cfg = _config(meta, tensors, path)
-  except ValueError as error:  # numbers that contradict each other
+  except (ValueError, TypeError, ArithmeticError) as error:  # bad numbers
     raise UserError(f'{path}: {error}') from error
   ids = {
     ours: meta.get(f'tokenizer.ggml.{theirs}_token_id')
@@ -61,8 +80,16 @@ def opened(path: Path) -> place.Opened:
   )
 
 
-def _open(file: Path):
-  """A gguf.GGUFReader, or a UserError that says what is wrong."""
+def files(path: Path) -> list[Path]:
+  """Those of a model, the first given; llama-gguf-split makes several."""
+  found = re.fullmatch(r'(.*-)00001(-of-(\d{5})\.gguf)', path.name)
+  name, end, count = found.groups() if found else ('', '', 0)
+  each = range(1, int(count) + 1)
+  return [path.with_name(f'{name}{i:05}{end}') for i in each] or [path]
+
+
+def _open(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """A file's metadata and its tensors, mapped, by name."""
   try:
     import gguf
   except ImportError as error:
@@ -70,19 +97,17 @@ def _open(file: Path):
       'reading a GGUF file needs the package gguf: pip install gguf'
     ) from error
   try:
-    with open(file, 'rb') as raw:
-      magic = raw.read(4)
+    reader = gguf.GGUFReader(file)
+    if reader.byte_order == 'S':
+      turn = 'turn a copy by gguf-convert-endian COPY little'
+      raise UserError(f'{file} is a big-endian GGUF file: {turn}')
+    meta = {name: field.contents() for name, field in reader.fields.items()}
+    return meta, {tensor.name: tensor for tensor in reader.tensors}
   except OSError as error:
-    raise UserError(
-      f'cannot read the model {file}: {error.strerror}'
-    ) from error
-  if magic != b'GGUF':
-    raise UserError(f'{file} is not a GGUF file (it starts with {magic!r})')
-  try:
-    return gguf.GGUFReader(file)
+    raise UserError(f'cannot read {file}: {error.strerror}') from error
   except (ValueError, IndexError, KeyError, OverflowError) as error:
     raise UserError(
-      f'{file} is cut off or damaged ({error}); fetch it again'
+      f'{file} is not a GGUF file, cut off or damaged ({error}); fetch it again'
     ) from error
 
 
@@ -99,11 +124,22 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], file: Path):
       f'{", ".join(ARCHITECTURES)}'
     )
 
-  def get(name: str, *default: Any) -> Any:
-    if f'{arch}.{name}' not in meta and not default:
-      raise UserError(f'{file}: the metadata lacks {arch}.{name}')
-    return meta.get(f'{arch}.{name}', *default)
+  unread = {x for x in meta if x.startswith(f'{arch}.')}
 
+  def get(name: str, *default: Any) -> Any:
+    key = f'{arch}.{name}'
+    unread.discard(key)
+    if key not in meta and not default:
+      raise UserError(f'{file}: the metadata lacks {key}')
+    value = meta.get(key, *default)
+    if isinstance(value, list) and 'pattern' not in name:  # one for each layer
+      if len(set(value)) != 1:
+        raise UserError(f'{file}: {key} is not the same for every layer')
+      value = value[0]
+    return value
+
+  if get('expert_count', 0):
+    raise UserError(f'{file} is a mixture of experts: these are not supported')
   if 'token_embd.weight' not in tensors:
     raise UserError(f'{file} lacks the tensor token_embd.weight')
   heads, width = get('attention.head_count'), get('embedding_length')
@@ -111,13 +147,14 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], file: Path):
   late_gemma = arch in ('gemma2', 'gemma3')
   window = get('attention.sliding_window', 4096 if arch == 'gemma2' else None)
   window = window or None  # 0 means none
-  local = _local_layers(arch, layers, get) if window else None
+  local = _local_layers(arch, layers, get)
+  rope_local = get('rope.freq_base_swa', 1e4) if arch == 'gemma3' else None
   caps = (50.0, 30.0) if arch == 'gemma2' else (None, None)
   scale = get('attention.scale', None)
   if scale is None and (arch, layers) in (('gemma2', 46), ('gemma3', 62)):
     scale = (width // heads) ** -0.5  # the 27B models, which no key tells
   head_dim = get('attention.key_length', width // heads)
-  return LMConfig(
+  cfg = LMConfig(
     vocab=int(tensors['token_embd.weight'].shape[1]),
     d_model=width,
     layers=layers,
@@ -133,17 +170,22 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], file: Path):
     query_scale=scale,
     attn_softcap=get('attn_logit_softcapping', caps[0]),
     sliding_window=window,
-    local_layers=local,
+    local_layers=local if window else None,
     rope_base=get('rope.freq_base', 1e6 if arch == 'gemma3' else 10_000.0),
     rope_scaling=_rope_scaling(get, tensors, head_dim, file),
-    rope_local_base=get('rope.freq_base_swa', 10_000.0)
-    if arch == 'gemma3' and window
-    else None,
+    rope_local_base=rope_local if window else None,
     mlp='gelu_tanh' if gemma else 'silu',
     embed_scale=width**0.5 if gemma else None,
     tied='output.weight' not in tensors,
     final_softcap=get('final_logit_softcapping', caps[1]),
   )
+  known = dict.fromkeys(_HEAD_DIMS, head_dim) | {'attention.causal': True}
+  for key in sorted(unread):
+    name = key.removeprefix(f'{arch}.')
+    if name not in _HARMLESS and get(name) != known.get(name):
+      only = f'only {known[name]} is' if name in known else 'not'
+      raise UserError(f'{file}: {key} is {get(name)}: {only} supported')
+  return cfg
 
 
 def _local_layers(arch: str, layers: int, get) -> tuple[bool, ...] | None:
@@ -158,11 +200,13 @@ def _local_layers(arch: str, layers: int, get) -> tuple[bool, ...] | None:
 
 
 def _rope_scaling(get, tensors, head_dim: int, file: Path):
-  kind = get('rope.scaling.type', 'none')
+  # A factor alone is linear; its old name; 0 and 1 are none: as in llama.cpp
+  kind = get('rope.scaling.type', 'linear')
+  factor = get('rope.scaling.factor', get('rope.scale_linear', 0))
   if kind not in ('none', 'linear'):
     raise UserError(f'{file}: rotary scaling {kind!r} is not supported')
-  if kind == 'linear':
-    return RopeScaling('linear', get('rope.scaling.factor'))
+  if kind == 'linear' and factor not in (0, 1):
+    return RopeScaling('linear', factor)
   if 'rope_freqs.weight' not in tensors:
     return None
   # Llama 3.1 and later: what each frequency is divided by. Two numbers of the
@@ -201,7 +245,8 @@ def _params(
   def name(ours: str, layer: int) -> str:
     return _TOP[ours] if layer < 0 else f'blk.{layer}.{_LAYER[ours]}'
 
-  harmless = lambda theirs: theirs == 'rope_freqs.weight'  # used above
+  used = getattr(cfg.rope_scaling, 'kind', None) == 'llama3'
+  harmless = lambda theirs: used and theirs == 'rope_freqs.weight'
   return place.load(cfg, stored, name, dtype, str(file), harmless)
 
 

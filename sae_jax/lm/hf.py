@@ -5,18 +5,18 @@ are memory-mapped and read in slices (safetensors' own numpy reader knows no
 bfloat16).
 """
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import ml_dtypes
 import numpy as np
 import safetensors
 
 from sae_jax.errors import UserError
-from sae_jax.lm import model, place, tokens
+from sae_jax.lm import place, tokens
 from sae_jax.lm.config import LMConfig, RopeScaling
 
 CONFIG, SINGLE = 'config.json', 'model.safetensors'
@@ -50,25 +50,53 @@ _POST_NORM_NAMES = _NAMES | {  # one name, two meanings
   'mlp_post_norm': 'post_feedforward_layernorm.weight',
 }
 # Where the decoder is: alone, inside Gemma 3 with images (as published, as
-# transformers 5 writes it), saved without its head.
-_PREFIXES = ('model.', 'language_model.model.', 'model.language_model.', '')
+# transformers 5 writes it), below another head, saved without any.
+_PREFIXES = ('model.', 'language_model.model.', 'model.language_model.')
+_PREFIXES += ('transformer.', '')
 _IMAGES = ('vision_tower.', 'multi_modal_projector.')
+_OTHER_HEADS = ('score.', 'qa_outputs.', 'v_head.')  # classifiers, rewards
 
 
-def opened(folder: Path) -> place.Opened:
-  """A folder's model, still to be read.
+def opened(folder: Path, weights: str = '') -> place.Opened:
+  """A folder's model, still to be read; weights: as of weight_files.
 
-  Raises UserError where there is no config.json, and for what we do not
-  implement; its parts do for a missing tokenizer, a shard file that is
-  missing or cut off, tensors that do not fit.
+  Raises UserError for what is missing, cut off or not implemented; its parts do
+  for a missing tokenizer, tensors that do not fit.
   """
   cfg, ids = _read_config(folder)
+  files = {}
+  for path in weight_files(folder, weights):
+    files |= _tensors(path)
+  prefix = next(
+    (x for x in _PREFIXES if f'{x}embed_tokens.weight' in files), 'model.'
+  )
+  outer = 'language_model.' if prefix == 'language_model.model.' else ''
+  names = _POST_NORM_NAMES if cfg.post_norms else _NAMES
+  top = {
+    'embed': f'{prefix}embed_tokens.weight',
+    'final_norm': f'{prefix}norm.weight',
+    'unembed': f'{outer}lm_head.weight',
+  }
+  cfg = dataclasses.replace(cfg, head=cfg.tied or top['unembed'] in files)
+
+  def name(ours: str, layer: int) -> str:
+    return top[ours] if layer < 0 else f'{prefix}layers.{layer}.{names[ours]}'
+
+  def harmless(theirs: str) -> bool:
+    return (
+      theirs.endswith('rotary_emb.inv_freq')  # buffers of old files
+      or (cfg.tied and theirs == top['unembed'])  # the embedding once more
+      or theirs.removeprefix('model.').startswith(_IMAGES)
+      or theirs.startswith(_OTHER_HEADS)
+    )
+
+  where = str(folder)
   hint = 'name a folder that has one with model.tokenizer'
   return place.Opened(
     cfg,
     ids,
     words=lambda: tokens.from_folder(folder, hint),
-    params=lambda dtype: _params(folder, cfg, dtype),
+    params=lambda dtype: place.load(cfg, files, name, dtype, where, harmless),
   )
 
 
@@ -84,9 +112,13 @@ def _read_config(folder: Path) -> tuple[LMConfig, dict[str, int | None]]:
       f'{", ".join(MODEL_TYPES)}'
     )
   try:
-    whole = transformers.AutoConfig.from_pretrained(
-      folder, trust_remote_code=False
-    )
+    # Given head_dim, the hidden size need be no multiple of the heads, whatever
+    # transformers checks (its issue 46082): it is told 0 first.
+    size = raw.get('head_dim') and raw.get('hidden_size')
+    told = dict[str, Any](raw, hidden_size=0) if size else raw
+    whole = transformers.AutoConfig.for_model(**told)
+    if size:
+      whole.hidden_size = size
     c = whole.text_config if kind == 'gemma3' else whole
     _check(kind, c, raw, folder)
     cfg = _lm_config(kind, c, tied=bool(whole.tie_word_embeddings))
@@ -100,54 +132,36 @@ def _read_config(folder: Path) -> tuple[LMConfig, dict[str, int | None]]:
   return cfg, ids
 
 
-def _params(
-  folder: Path, cfg: LMConfig, dtype: jax.typing.DTypeLike
-) -> model.Params:
-  files = {}
-  for path in weight_files(folder):
-    files |= _tensors(path)
-  prefix = next(
-    (x for x in _PREFIXES if f'{x}embed_tokens.weight' in files), 'model.'
-  )
-  outer = 'language_model.' if prefix == 'language_model.model.' else ''
-  names = _POST_NORM_NAMES if cfg.post_norms else _NAMES
-  top = {
-    'embed': f'{prefix}embed_tokens.weight',
-    'final_norm': f'{prefix}norm.weight',
-    'unembed': f'{outer}lm_head.weight',
-  }
+def weight_files(folder: Path, weights: str = '') -> list[Path]:
+  """The safetensors of a folder's model, sorted by name; each is there.
 
-  def name(ours: str, layer: int) -> str:
-    return top[ours] if layer < 0 else f'{prefix}layers.{layer}.{names[ours]}'
-
-  def harmless(theirs: str) -> bool:
-    return (
-      theirs.endswith('rotary_emb.inv_freq')  # buffers of old files
-      or (cfg.tied and theirs == top['unembed'])  # the embedding once more
-      or theirs.removeprefix('model.').startswith(_IMAGES)
+  weights: the file or the index to read; '' is the one that config.json names
+  (`transformers_weights`) or that is there. Raises UserError where it is both.
+  """
+  given = weights or _read_json(folder / CONFIG).get('transformers_weights')
+  there = [x for x in (INDEX, SINGLE) if (folder / x).exists()]
+  if not given and not there:
+    others = [x.name for x in sorted(folder.glob('*.safetensors'))]
+    raise UserError(
+      f'{folder} has neither {SINGLE} nor {INDEX}: save the model with '
+      'save_pretrained, or name another file with config.model.weights '
+      f'(safetensors there: {", ".join(others) or "none"})'
     )
-
-  return place.load(cfg, files, name, dtype, str(folder), harmless)
-
-
-def weight_files(folder: Path) -> list[Path]:
-  """The safetensors of a folder, sorted by name; each is there."""
-  index = folder / INDEX
-  if index.exists():
-    names = sorted(set(_read_json(index)['weight_map'].values()))
-    absent = [name for name in names if not (folder / name).exists()]
-    if absent:
-      raise UserError(
-        f'{folder} lacks {len(absent)} of the {len(names)} files that {INDEX} '
-        f'names, first {absent[0]}: fetch the model again'
-      )
-    return [folder / name for name in names]
-  if (folder / SINGLE).exists():
-    return [folder / SINGLE]
-  raise UserError(
-    f'{folder} has neither {SINGLE} nor {INDEX}: only safetensors are read; '
-    'save the model with save_pretrained'
-  )
+  names = [first := given or there[0]]
+  if first.endswith('.json'):
+    names = sorted(set(_read_json(folder / first)['weight_map'].values()))
+  if not given and SINGLE in set(there) - set(names):
+    raise UserError(  # transformers reads the single file
+      f'{folder} has {INDEX} with files of its own and {SINGLE}: say which to '
+      f'read, --config.model.weights={INDEX} or ={SINGLE}'
+    )
+  absent = [name for name in names if not (folder / name).exists()]
+  if absent:
+    raise UserError(
+      f'{folder} lacks {len(absent)} of the {len(names)} files of {first}, '
+      f'first {absent[0]}: fetch the model again'
+    )
+  return [folder / name for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -264,7 +278,7 @@ def _windows(kind: str, c: Any) -> tuple[int | None, tuple[bool, ...] | None]:
   """sliding_window and local_layers; Mistral's window is on every layer."""
   if kind in ('llama', 'gemma'):
     return None, None
-  if kind == 'mistral':
+  if kind == 'mistral' and not getattr(c, 'layer_types', None):
     return c.sliding_window, None
   local = tuple(x == 'sliding_attention' for x in c.layer_types)
   return (c.sliding_window, local) if any(local) else (None, None)

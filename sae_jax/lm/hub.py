@@ -9,9 +9,7 @@ from sae_jax.errors import UserError
 
 # What a load reads, nothing else: repositories hold the same weights in up to
 # four formats.
-_PATTERNS = [
-  '*.json', 'model*.safetensors', 'tokenizer.model', 'merges.txt', '*.jinja',
-]  # fmt: skip
+_PATTERNS = ['*.json', 'tokenizer.model', 'merges.txt', '*.jinja']
 _IGNORED = ['*/*']  # subfolders: other formats
 
 # The hub's answers are OSErrors too; its client's broken connections are not,
@@ -19,17 +17,19 @@ _IGNORED = ['*/*']  # subfolders: other formats
 _HTTP_ERROR: type[Exception] = errors.HTTPError  # pyright: ignore
 
 
-def fetch(name: str, cached_only: bool = False) -> Path:
+def fetch(name: str, cached_only: bool = False, weights: str = '') -> Path:
   """The folder of a model `org/name`, downloaded where it is not cached.
 
+  weights: the file or index of weights that is wanted, 'model...' without.
   Raises UserError, in one line with what to do: no such model, a licence to
   accept, no network.
   """
+  stem = weights.split('.')[0] or 'model'
   try:
     return Path(
       huggingface_hub.snapshot_download(
         name,
-        allow_patterns=_PATTERNS,
+        allow_patterns=[*_PATTERNS, f'{stem}*.safetensors'],
         ignore_patterns=_IGNORED,
         local_files_only=cached_only,
       )

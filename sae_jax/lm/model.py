@@ -67,8 +67,10 @@ def forward(
   attn_z is gathered if it is asked for. A layer costs two all-reduces of
   [B, T, d], after w_o and w_down; logits stay split over the vocabulary.
 
-  Raises UserError for a site the model does not have.
+  Raises UserError for a site the model does not have, or no head (logits).
   """
+  if logits:
+    check_head(cfg)
   edits = edits or {}
   check_sites(cfg, (*sites, *edits))
   wanted = {*sites, 'logits'} if logits else set(sites)
@@ -102,6 +104,15 @@ def check_sites(cfg: LMConfig, sites: Sequence[str]) -> None:
     raise UserError(
       f'site {site!r} does not exist in this model of {cfg.layers} layers; the '
       f'nearest is layer_{layer}.{near} (places: {", ".join(STEPS)})'
+    )
+
+
+def check_head(cfg: LMConfig) -> None:
+  """Raises UserError where the model gives activations but no logits."""
+  if not cfg.head:
+    raise UserError(
+      'the language model was saved without its head (lm_head.weight), so that '
+      'it has no logits: evaluate with --lm=false'
     )
 
 
@@ -169,7 +180,7 @@ def shapes(cfg: LMConfig) -> Params:
   if cfg.out_bias:
     layer |= {'b_o': (d,)}
   tree = {'embed': (cfg.vocab, d), 'final_norm': (d,)}
-  if not cfg.tied:
+  if cfg.head and not cfg.tied:
     tree['unembed'] = (d, cfg.vocab)
   return tree | {'layers': [dict(layer) for _ in range(cfg.layers)]}
 

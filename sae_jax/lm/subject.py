@@ -44,16 +44,17 @@ def load_subject(
   """Loads what a config's `model` block names, onto the current mesh.
 
   model: `path`, a Hugging Face folder, a .gguf file or a name on the hub;
-  `kind`, which of them ('hf', 'gguf', 'hub'; '' finds out); `tokenizer`, a
-  folder or tokenizer.json in place of the model's own (''). dtype is that of
-  the weight matrices; gains and biases are float32. With a mesh set
-  (jax.set_mesh) every parameter is read straight into its shards.
+  `kind`, which of them ('hf', 'gguf', 'hub'; '' finds out); `weights`, which
+  file or index of a folder that has several (''); `tokenizer`, a folder or
+  tokenizer.json in place of the model's own (''). dtype is that of the weight
+  matrices; gains and biases are float32. With a mesh set (jax.set_mesh) every
+  parameter is read straight into its shards.
 
   Raises UserError for an unknown kind, for what is missing, damaged or does
   not fit, an architecture we do not know, a hub that does not answer.
   """
-  kind, path = _locate(model)
-  opened = gguf.opened(path) if kind == 'gguf' else hf.opened(path)
+  kind, path, weights = _locate(model)
+  opened = gguf.opened(path) if kind == 'gguf' else hf.opened(path, weights)
   other = str(model.get('tokenizer') or '')
   words = _tokenizer(other, opened.ids) if other else opened.words()
   words = tokens.fitted(words, opened.cfg.vocab, other or str(path))
@@ -72,7 +73,7 @@ def load_subject(
     eos=words.eos,
     pad=words.pad,
     special=words.special,
-    weights_sha256=_sha256(kind, path),
+    weights_sha256=_sha256(kind, path, weights),
     tokenizer_sha256=tokenizer_sha256(words.tokenizer),
     chat_template=words.chat_template,
   )
@@ -82,9 +83,9 @@ def weights_sha256(model: ml_collections.ConfigDict) -> str | None:
   """What Subject.weights_sha256 would be, without loading; None: not here.
 
   A .gguf file's own sha256. Of a folder: sha256 of the lines `sha256sum`
-  prints for config.json and the weights' files, sorted by name. Every byte is
-  read, 8 files at a time. A model of the hub counts as here when it is cached.
-  Raises UserError for an unknown kind.
+  prints for config.json and the weights' files, sorted by name; of several
+  .gguf files: for these. Every byte is read, 8 files at a time. A model of the
+  hub counts as here when it is cached. Raises UserError for an unknown kind.
   """
   _check_kind(str(model.get('kind') or ''))
   try:
@@ -95,9 +96,10 @@ def weights_sha256(model: ml_collections.ConfigDict) -> str | None:
 
 def _locate(
   model: ml_collections.ConfigDict, cached_only: bool = False
-) -> tuple[str, Path]:
-  """The kind of a model and where its files are, fetched if need be."""
+) -> tuple[str, Path, str]:
+  """The kind of a model, where its files are, fetched if need be, and which."""
   kind, given = str(model.get('kind') or ''), str(model.path)
+  weights = str(model.get('weights') or '')
   path = Path(given).expanduser()
   _check_kind(kind)
   if not kind:
@@ -112,7 +114,11 @@ def _locate(
         f'model.path: {given!r} is no folder, no .gguf file and no name on the '
         'hub (org/name): check the path'
       )
-  return kind, hub.fetch(given, cached_only) if kind == 'hub' else path
+  if weights and kind == 'gguf':
+    raise UserError(f'model.weights: {path} is all there is: leave it empty')
+  if kind == 'hub':
+    path = hub.fetch(given, cached_only, weights)
+  return kind, path, weights
 
 
 def _check_kind(kind: str) -> None:
@@ -130,16 +136,17 @@ def _tokenizer(given: str, ids: dict[str, int | None]) -> tokens.Words:
   return tokens.from_file(path, ids)
 
 
-def _sha256(kind: str, path: Path) -> str:
+def _sha256(kind: str, path: Path, weights: str) -> str:
   def digest(file: Path) -> str:
     with open(file, 'rb') as raw:
       return hashlib.file_digest(raw, 'sha256').hexdigest()
 
-  if kind == 'gguf':
-    return digest(path)
-  files = sorted([path / hf.CONFIG, *hf.weight_files(path)])
+  files = gguf.files(path)
+  if kind != 'gguf':
+    files = sorted([path / hf.CONFIG, *hf.weight_files(path, weights)])
   with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
-    digests = pool.map(digest, files)
-    pairs = zip(digests, files, strict=True)
-    lines = [f'{x}  {file.name}\n' for x, file in pairs]
+    digests = list(pool.map(digest, files))
+  if len(files) == 1:
+    return digests[0]
+  lines = [f'{x}  {y.name}\n' for x, y in zip(digests, files, strict=True)]
   return hashlib.sha256(''.join(lines).encode()).hexdigest()

@@ -65,15 +65,19 @@ def from_folder(folder: Path, hint: str) -> Words:
   of the `tokenizers` package.
   """
   import transformers  # here: takes a second
+  from huggingface_hub.errors import StrictDataclassError
 
   if (
     not any(folder.glob('tokenizer*')) and not (folder / 'vocab.json').exists()
   ):
     raise UserError(f'{folder} has no tokenizer: {hint}')
   try:
-    auto = transformers.AutoTokenizer.from_pretrained(
-      folder, trust_remote_code=False
-    )
+    load = transformers.AutoTokenizer.from_pretrained
+    try:
+      auto = load(folder, trust_remote_code=False)
+    except StrictDataclassError:  # in config.json, which hf.py checks
+      plain = transformers.PreTrainedConfig()
+      auto = load(folder, trust_remote_code=False, config=plain)
     tokenizer = _from_json(auto.backend_tokenizer.to_str())
   except Exception as error:  # it raises what it likes, bare ones included
     reason = ' '.join(str(error).split())[:200]
@@ -128,7 +132,8 @@ def fitted(words: Words, vocab: int, where: str) -> Words:
   often added. Any other token beyond the embedding is another model's:
   UserError.
   """
-  if _most(words.tokenizer) < vocab:
+  ids = (words.bos or 0, words.eos or 0, words.pad or 0)
+  if max(_most(words.tokenizer), *ids) < vocab:
     return words
   parts = json.loads(words.tokenizer.to_str())
   parts['added_tokens'] = [
@@ -157,7 +162,7 @@ def _most(tokenizer: tokenizers.Tokenizer) -> int:
 def from_gguf(meta: Mapping[str, Any], where: str) -> Words:
   """The tokenizer of a GGUF file's metadata; where: its path for messages.
 
-  Raises UserError for another kind of tokenizer.
+  Raises UserError for another kind of tokenizer, or parts that do not fit.
   """
   kind, cut = meta.get('tokenizer.ggml.model'), meta.get('tokenizer.ggml.pre')
   if kind not in ('gpt2', 'llama') or (kind == 'gpt2' and cut not in _CUTS):
@@ -174,13 +179,16 @@ def from_gguf(meta: Mapping[str, Any], where: str) -> Words:
       tokenizer = _byte_level(words, merges, str(cut))
     else:
       tokenizer = _sentence_piece(words, meta['tokenizer.ggml.scores'], meta)
-  except KeyError as error:
-    raise UserError(f'{where}: the metadata lacks {error}') from error
-  tokenizer.add_tokens([
-    tokenizers.AddedToken(word, special=kind == _CONTROL, normalized=False)
-    for word, kind in zip(words, kinds, strict=True)
-    if kind in (_CONTROL, _USER_DEFINED)
-  ])  # fmt: skip
+    tokenizer.add_tokens([
+      tokenizers.AddedToken(word, special=kind == _CONTROL, normalized=False)
+      for word, kind in zip(words, kinds, strict=True)
+      if kind in (_CONTROL, _USER_DEFINED)
+    ])  # fmt: skip
+  except Exception as error:  # the package raises Exception itself
+    raise UserError(
+      f'{where}: its vocabulary does not fit together ({error!r:.160}): name '
+      'a folder that has the tokenizer with model.tokenizer'
+    ) from error
   get = lambda name: meta.get(f'tokenizer.ggml.{name}_token_id')
   # Qwen's files name a BOS that is not to be used
   bos = None if meta.get('general.architecture') in ('qwen2', 'qwen3') else (

@@ -111,6 +111,9 @@ def test_refusals(run_dir, store, tmp_path, monkeypatch, subject):
   other = dataclasses.replace(subject, weights_sha256='f' * 64)
   monkeypatch.setattr(job, 'load_subject', lambda _: other)
   refuses(run_dir, 'not the model that was harvested.*weights_sha256 fff')
+  cfg = dataclasses.replace(subject.cfg, head=False)
+  other = dataclasses.replace(subject, cfg=cfg)
+  refuses(run_dir, 'without its head .*--lm=false')
   monkeypatch.undo()
   config = json.loads((run_dir / 'config.json').read_text())
   rows = {fakes.SITE: np.ones((64, 16), np.float32)}

@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip('torch')
 
+import safetensors.torch  # noqa: E402
 import tiny_hf as tiny  # noqa: E402
 import transformers  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
@@ -52,7 +54,45 @@ def test_a_model_without_bos(tmp_path):
 
 def config_of(tmp_path, **keys):
   (tmp_path / 'config.json').write_text(json.dumps(keys))
-  return ours.opened(tmp_path).cfg
+  return ours._read_config(tmp_path)[0]
+
+
+def check_sites(hf, subject):
+  """The residual streams against the decoder's of transformers."""
+  tokens = np.arange(3, 23, dtype=np.int32)[None]
+  with torch.no_grad():
+    want = hf(torch.tensor(tokens).long(), output_hidden_states=True)
+  sites = [f'layer_{i}.resid_pre' for i in range(tiny.LAYERS)]
+  got = model.forward(
+    subject.params, subject.cfg, tokens, sites=sites, logits=False
+  ).activations
+  for i, site in enumerate(sites):
+    want_i = want.hidden_states[i]
+    np.testing.assert_allclose(got[site], want_i, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+  'head', ['Model', 'ForSequenceClassification', 'ForQuestionAnswering']
+)
+def test_saved_without_what_makes_logits(tmp_path, head):
+  config = tiny.model_of('llama', tie_word_embeddings=False).config
+  hf = tiny.randomised(getattr(transformers, f'Llama{head}')(config))
+  subject = load(tiny.save(tmp_path, hf))
+  assert not subject.cfg.head
+  check_sites(hf, subject)
+
+
+def test_a_hidden_size_that_is_no_multiple_of_the_heads(tmp_path):
+  """Which transformers' own check refuses, head_dim or not."""
+  config = tiny.model_of('llama').config
+  config.hidden_size = 20  # six heads of 8
+  hf = tiny.randomised(transformers.LlamaForCausalLM(config))
+  config.hidden_size = 24  # it would not be saved
+  tiny.save(tmp_path, hf)
+  tiny.edit_json(tmp_path / 'config.json', hidden_size=20)
+  subject = load(tmp_path)
+  assert (subject.cfg.d_model, subject.cfg.head_dim) == (20, 8)
+  check_sites(hf, subject)
 
 
 def test_older_forms_of_config_json(tmp_path):
@@ -97,6 +137,12 @@ def test_older_forms_of_config_json(tmp_path):
   assert cfg.local_layers == (False,) * 5 + (True, True)
   cfg = config_of(tmp_path, model_type='qwen2', sliding_window=9, **sizes)
   assert cfg.sliding_window is None
+  types = ['full_attention', 'sliding_attention'] * 4
+  cfg = config_of(
+    tmp_path, model_type='mistral', sliding_window=9, layer_types=types[:7],
+    **sizes,
+  )  # fmt: skip
+  assert cfg.local_layers == (False, True) * 3 + (False,)
 
 
 @pytest.mark.parametrize('prefix', ['as saved', 'language_model.model.'])
@@ -220,6 +266,38 @@ def test_casts(tmp_path, stored):
     np.testing.assert_array_equal(got['w_up'], want.astype(dtype))
     np.testing.assert_array_equal(got['attn_norm'], gain)
   assert want.astype(ml_dtypes.bfloat16).dtype == got['w_up'].dtype
+
+
+def documented(folder, weights):
+  """The hash that the command in docs/models.md gives."""
+  text = (Path(__file__).parents[2] / 'docs' / 'models.md').read_text()
+  command = text[text.index('    cd FOLDER') : text.index('## Onto a mesh')]
+  command = command.replace('FOLDER', str(folder))
+  command = command.replace('W=model.safetensors', f'W={weights}')
+  done = subprocess.run(['bash', '-c', command], capture_output=True, text=True)
+  return done.stdout.split()[0]
+
+
+def test_weights_say_which_of_two_models(tmp_path):
+  tiny.save(tmp_path, tiny.model_of('llama'), max_shard_size='9kB')
+  index, single = 'model.safetensors.index.json', 'model.safetensors'
+  first = load(tmp_path)
+  weights = {  # another model of the same shape, as a single file
+    k: v * 2
+    for file in tmp_path.glob('model-*.safetensors')
+    for k, v in safetensors.torch.load_file(file).items()
+  }
+  safetensors.torch.save_file(weights, tmp_path / single)
+  for name, factor in ((index, 1), (single, 2)):
+    got = load(tmp_path, weights=name)
+    want = first.params['final_norm'] * factor
+    np.testing.assert_array_equal(got.params['final_norm'], want)
+    assert got.weights_sha256 == documented(tmp_path, name)
+    assert got.weights_sha256 == weights_sha256(block(tmp_path, weights=name))
+    assert (got.weights_sha256 == first.weights_sha256) == (factor == 1)
+  tiny.edit_json(tmp_path / 'config.json', transformers_weights=single)
+  got = load(tmp_path).params['final_norm']  # as transformers does
+  np.testing.assert_array_equal(got, first.params['final_norm'] * 2)
 
 
 def test_hash_of_the_weights(tmp_path, llama):

@@ -69,7 +69,7 @@ def test_harmless_tensors(llama):
     ({'hidden_act': 'relu'}, "activation 'relu' is not supported"),
     ({'quantization_config': {'quant_method': 'x'}}, 'quantization_config is'),
     ({'hidden_size': 'x'}, r"config.json: .*'hidden_size' expected int"),
-    ({'hidden_size': 25}, 'config.json: .*not a multiple'),
+    ({'hidden_size': 25, 'head_dim': None}, 'config.json: .*not a multiple'),
     (
       {'rope_parameters': {'rope_type': 'yarn', 'factor': 2.0,
                            'rope_theta': 1e4}},
@@ -89,7 +89,7 @@ def test_files_that_are_missing_or_cut_off(tmp_path, llama):
     file.write_bytes(raw[:size])
     refuses(llama, 'model.safetensors is cut off or damaged')
   file.unlink()
-  refuses(llama, 'neither model.safetensors nor .*only safetensors are read')
+  refuses(llama, r'neither model.safetensors nor .*there: none\)')
   (llama / 'config.json').write_text('{')
   refuses(llama, 'cannot read .*config.json')
   (llama / 'config.json').unlink()
@@ -104,6 +104,28 @@ def test_files_that_are_missing_or_cut_off(tmp_path, llama):
   first.unlink()
   refuses(sharded, f'lacks 1 of the .* first {first.name}: fetch')
   assert weights_sha256(block(sharded)) is None
+
+
+def test_several_models_in_one_folder(tmp_path, llama):
+  sharded = tiny.save(
+    tmp_path / 's', tiny.model_of('llama'), max_shard_size='9kB'
+  )
+  single = sharded / 'model.safetensors'
+  single.write_bytes((llama / single.name).read_bytes())
+  refuses(sharded, 'has model.safetensors.index.json .*=model.safetensors$')
+  refuses(sharded, 'lacks 1 of the 1 files of x.safet', weights='x.safetensors')
+  for file in sharded.glob('model*'):
+    file.rename(sharded / f'consolidated{file.suffix}')
+  refuses(sharded, r'config.model.weights \(.*: consolidated.safetensors\)')
+  gguf = tmp_path / 'x.gguf'
+  refuses(gguf, 'model.weights: .* is all there is', weights='x.safetensors')
+
+
+def test_a_folder_without_head_has_no_logits(tmp_path):
+  hf = tiny.model_of('llama', tie_word_embeddings=False)
+  subject = load(tiny.save(tmp_path, hf.model))
+  with pytest.raises(UserError, match='without its head .*--lm=false'):
+    model.forward(subject.params, subject.cfg, [[1, 2]])
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
