@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.harvest.config import check_config, task_of
+from sae_jax.harvest.config import check_config, check_length, task_of
 from sae_jax.harvest.documents import scan
 from sae_jax.harvest.files import Text
 from sae_jax.harvest.planning import Forward, begin, existing
@@ -95,6 +95,7 @@ def harvest(
       config.model, jnp.dtype(config.harvest.compute_dtype)
     )
     model.check_sites(subject.cfg, config.harvest.sites)
+    check_length(config, subject.cfg.context)
     run = make_forward(subject, config)
     begin(root, config, text, subject, run, keep, share.alone)
     del subject  # its weights are held by `run`
@@ -315,10 +316,11 @@ def batches_needed(
 
 
 def batch(sequences: Sequences, j: int, b: int) -> np.ndarray:
-  """Sequences [j b, (j + 1) b), the last one repeated to fill a batch."""
+  """Sequences [j b, (j + 1) b), repeated to fill a batch: any would do, the
+  rows of repetitions are dropped."""
   last = len(sequences.starts) - 1
   tokens = sequences.tokens(j * b, min((j + 1) * b, last))
-  return tokens[np.minimum(np.arange(b), len(tokens) - 1)]
+  return np.resize(tokens, (b, tokens.shape[1]))
 
 
 def finish(root: Path) -> Manifest | None:

@@ -21,6 +21,12 @@ from sae_jax.store.order import DOCUMENTS, permutation
 
 # Characters handed to the tokeniser at once: enough for all its threads.
 _CHUNK = 1 << 20
+# A document of more is handed over in spans that reach into their neighbours:
+# a text without a blank is one word, which only one thread can work on.
+_LONG = 1 << 20
+_SPAN = 1 << 16
+_OVERLAP = 1 << 9  # characters on both sides of an edge
+_AGREE = 8  # tokens of two spans that must be alike where they are joined
 # Sequences cut at once.
 _PIECE = 1024
 # Tokens without a row that are held back until the next row: 256 MB.
@@ -88,10 +94,11 @@ def pack(
   render = (
     make_render(tokenizer, chat_template, bos, separator) if text.chat else None
   )
-  ids = _token_ids(
-    text, _plain(tokenizer, text.chat), render, separator, seed, rows == 0
-  )
   first = separator if bos is None else bos
+  own = None if _marks_messages(tokenizer, first, chat_template) else first
+  ids = _token_ids(
+    text, _plain(tokenizer, text.chat), render, own, separator, seed, rows == 0
+  )
   return _budget(_cut(ids, length, first), rows, keep, tokenizer)
 
 
@@ -208,11 +215,16 @@ def _token_ids(
   text: Text,
   tokenizer: tokenizers.Tokenizer,
   render: Callable[..., str] | None,
+  own: int | None,
   separator: int,
   seed: int,
   everything: bool,
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Documents in shuffled order, tokenised by the chunk, with separators."""
+  """Documents in shuffled order, tokenised by the chunk, with separators.
+
+  They lose a byte order mark, and `own`, a BOS that they begin with: sequences
+  bring one.
+  """
   order = permutation(text.documents, seed, DOCUMENTS)
   # Only a whole corpus has a known end to show progress towards.
   bar = tqdm(
@@ -225,15 +237,103 @@ def _token_ids(
       document = text.read(int(i))
       if render:
         document = render(document, f'{text.name}, document {i:,}')
-      chunk.append(document)
+      chunk.append(document.lstrip('\ufeff'))
       size += len(document) + 64  # a thousand empty ones are something, too
       if size < _CHUNK and n < len(order) - 1:
         continue
-      encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
-      for k, encoding in zip(order[begin : n + 1], encodings, strict=True):
-        yield int(k), np.array([*encoding.ids, separator], np.int32)
+      encoded = _encode(tokenizer, chunk)
+      for k, ids in zip(order[begin : n + 1], encoded, strict=True):
+        bare = itertools.dropwhile(lambda i: i == own, ids)
+        yield int(k), np.array([*bare, separator], np.int32)
       bar.update(len(chunk))
       chunk, begin, size = [], n + 1, 0
+
+
+def _encode(
+  tokenizer: tokenizers.Tokenizer, documents: list[str]
+) -> list[list[int]]:
+  """The ids of each document."""
+  long = [len(document) > _LONG for document in documents]
+  short = ['' if x else d for x, d in zip(long, documents, strict=True)]
+  encodings = tokenizer.encode_batch_fast(short, add_special_tokens=False)
+  return [
+    _spans(tokenizer, document) if x else encoding.ids
+    for x, document, encoding in zip(long, documents, encodings, strict=True)
+  ]
+
+
+def _spans(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+  """The ids of a text, from spans of it that overlap.
+
+  Neighbours are joined at a token where both go on alike: for text of words,
+  these are the ids of the whole. Where there is none, it is simply cut.
+  """
+  encode = lambda texts: tokenizer.encode_batch_fast(texts, False, False)
+  part = lambda edges, a, b: [text[max(at + a, 0) : at + b] for at in edges]
+  W, edges = _OVERLAP, range(0, len(text), _SPAN)
+  out, left, begin = [], [], 0  # of left the first token that is not in out
+  for k in range(0, len(edges), 16):
+    group = edges[k : k + 16]
+    # The end of each left span and the beginning of its right one again, with
+    # offsets: those take more time than the ids.
+    ends, heads = (
+      tokenizer.encode_batch(texts, add_special_tokens=False)
+      for texts in (part(group, -3 * W, W), part(group, -W, 3 * W))
+    )
+    spans = encode(part(group, -W, _SPAN + W))
+    for at, end, head, span in zip(group, ends, heads, spans, strict=True):
+      right, next_begin = span.ids, 0
+      if at and (seam := _seam(left, end, head, right)):
+        cut, next_begin = seam
+        left = left[:cut]
+      elif at:
+        right = encode([text[at + W : at + _SPAN + W]])[0].ids
+      out += left[begin:]
+      left, begin = right, next_begin
+  return out + left[begin:]
+
+
+def _seam(
+  left: list[int],
+  end: tokenizers.Encoding,
+  head: tokenizers.Encoding,
+  right: list[int],
+) -> tuple[int, int] | None:
+  """Tokens of two spans that begin at one place, and from which both go on
+  alike; None where there are none in the second half of the overlap.
+
+  end and head: the last 4 overlaps of left and the first 4 of right. With equal
+  ids from an edge on, the places of their tokens are those of the spans'.
+  """
+  first = lambda offsets: dict(
+    (start, i) for i, (start, _) in reversed([*enumerate(offsets)])
+  )
+  a, b = end.ids, head.ids
+  there, starts = first(head.offsets), first(end.offsets)
+  for start, i in sorted(starts.items()):
+    j = there.get(start - 2 * _OVERLAP, 0)
+    cut = len(left) - len(a) + i
+    if (
+      start >= 3 * _OVERLAP
+      and j
+      and a[i : i + _AGREE] == b[j : j + _AGREE]
+      and (left[cut:], right[:j]) == (a[i:], b[:j])
+    ):
+      return cut, j
+  return None
+
+
+def _marks_messages(
+  tokenizer: tokenizers.Tokenizer, token: int, template: str | None
+) -> bool:
+  """Whether a chat template begins messages with the token, as SmolLM2's does
+  with its BOS, <|im_start|>: in a text it is none then."""
+  word, template = str(tokenizer.id_to_token(token)), template or 'bos_token'
+  return (
+    'bos_token' not in template
+    and word in template
+    and not template.startswith(word)
+  )
 
 
 def _plain(tokenizer: tokenizers.Tokenizer, chat: bool) -> tokenizers.Tokenizer:

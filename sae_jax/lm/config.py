@@ -59,6 +59,8 @@ class LMConfig:
   embed_scale: float | None = None  # Gemma: sqrt(d_model)
   tied: bool = True  # logits through the transposed embedding
   final_softcap: float | None = None  # Gemma 2: 30
+  # Positions the model was made for; nothing is computed from them.
+  context: int | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
