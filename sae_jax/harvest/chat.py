@@ -21,8 +21,7 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 def check_messages(value: Any, where: str) -> Messages:
   """A chat reduced to role and content; UserError when it is none.
 
-  Other keys of a message are not read, nor a byte order mark before its
-  content. where is the place for messages.
+  Other keys of a message are not read. where is the place for messages.
   """
   if not isinstance(value, list) or not value:
     found = 'an empty list' if value == [] else type(value).__name__
@@ -47,9 +46,8 @@ def check_messages(value: Any, where: str) -> Messages:
           f'{where}: {key} of message {i} is {type(message[key]).__name__}, '
           'not text'
         )
-  return [
-    {'role': m['role'], 'content': m['content'].lstrip('\ufeff')} for m in value
-  ]
+  bare = lambda text: text.lstrip('\ufeff')  # a byte order mark
+  return [{key: bare(m[key]) for key in ('role', 'content')} for m in value]
 
 
 def make_render(

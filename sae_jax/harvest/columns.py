@@ -13,61 +13,72 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax.errors import UserError
+from sae_jax.harvest import files
 from sae_jax.harvest.chat import check_messages
-from sae_jax.harvest.files import (
-  COMPRESSED,
-  nearest,
-  no_document,
-  opened,
-  reading,
-)
 
 
 def rows(
-  files: Sequence[Path], kind: str, column: str, chat: bool
+  paths: Sequence[Path], kind: str, column: str, chat: bool
 ) -> Iterator[dict[str, Any]]:
   """The documents of files; UserError with the line or row of a bad one."""
-  values, empty = _json_values if kind == 'jsonl' else _parquet_values, True
-  for file in files:
-    for where, value in values(file, column, chat):
-      yield {column: _checked(value, column, chat, where)}
+  empty = True
+  for file in paths:
+    found = _lines(file) if kind == 'jsonl' else _parquet_rows(file, column)
+    for where, row in found:
+      yield {column: _value(row, column, chat, where)}
       empty = False
   if empty:
-    raise no_document(', '.join(map(str, files[:3])))
+    raise files.no_document(', '.join(map(str, paths[:3])))
 
 
-def _checked(value: Any, column: str, chat: bool, where: str) -> Any:
-  if chat:
-    value = messages = check_messages(value, where)
-    words = ''.join(m['role'] + m['content'] for m in messages)
-  elif not isinstance(value, str):
-    hint = ''
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-      hint = ': is it chat data? give --config.text.chat=true'
-    raise UserError(f'{where}: {column!r} is {_json(value)}, not text{hint}')
-  else:
-    words = value
+def _value(row: Any, column: str, chat: bool, where: str) -> Any:
+  """The document of a line, as bytes, or of a row."""
   try:
+    if isinstance(row, bytes):
+      row = json.loads(row.removeprefix(codecs.BOM_UTF8).decode('utf-8'))
+    if not isinstance(row, dict):
+      raise UserError(
+        f'{where}: {_short(row)} is no object like {{"{column}": ...}}'
+      )
+    value = value_of(row, column)
+    words = value = check_messages(value, where) if chat else value
+    if chat:
+      words = ''.join(m['role'] + m['content'] for m in value)
+    if not isinstance(words, str):
+      hint = ''
+      if isinstance(value, list) and value and isinstance(value[0], dict):
+        hint = ': is it chat data? give --config.text.chat=true'
+      raise UserError(f'{where}: {column!r} is {_short(value)}, not text{hint}')
     words.encode()
+  except KeyError as error:
+    fits = lambda value: isinstance(value, list if chat else str)
+    fit = [c for c, value in columns_of(row).items() if fits(value)]
+    raise no_column(where, column, fit) from error
+  except UnicodeDecodeError as error:
+    raise no_utf8(where, error) from error
   except UnicodeEncodeError as error:
     raise UserError(
       f'{where}: {column!r} has half a character, a lone surrogate, which is '
       'no text'
     ) from error
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f'{where}: not JSON: {error.msg} at character {error.pos:,}'
+    ) from error
   return value
 
 
-def value_of(row: Any, column: str) -> Any:
+def value_of(row: dict[str, Any], column: str) -> Any:
   """row[column], or row['a']['b'] for 'a.b'; KeyError where there is none.
 
   Bytes must be UTF-8.
   """
+  value: Any = row
   for key in [column] if column in row else column.split('.'):
-    if row is not None:
-      if not isinstance(row, dict):
-        raise KeyError(key)
-      row = row[key]
-  return row.decode('utf-8') if isinstance(row, bytes) else row
+    if not isinstance(value, dict | None):
+      raise KeyError(key)
+    value = value and value[key]
+  return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
 def columns_of(value: Any, name: str = '') -> dict[str, Any]:
@@ -81,84 +92,51 @@ def columns_of(value: Any, name: str = '') -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened_parquet(file: Path) -> Iterator[Any]:
+def parquet(file: Path) -> Iterator[Any]:
   """A Parquet file, opened; it may be compressed as a whole."""
   import pyarrow.parquet
 
-  with reading(file), contextlib.ExitStack() as stack:
-    raw = stack.enter_context(opened(file))
-    if file.suffix.lower() in COMPRESSED:  # it must be read from its end
-      whole = stack.enter_context(tempfile.TemporaryFile())
+  packed = file.suffix.lower() in files.COMPRESSED
+  with (
+    files.reading(file),
+    files.opened(file) as raw,
+    tempfile.TemporaryFile() as whole,
+  ):
+    if packed:  # it is read from its end
       shutil.copyfileobj(raw, whole)
-      raw = whole
     try:
-      yield pyarrow.parquet.ParquetFile(raw)
+      yield pyarrow.parquet.ParquetFile(whole if packed else raw)
     except ValueError as error:  # pyarrow's errors are such
       raise UserError(
         f'{file}: no Parquet file, or a damaged one: {line(error)}'
       ) from error
 
 
-def _parquet_values(
-  file: Path, column: str, _: bool
-) -> Iterator[tuple[str, Any]]:
-  """(place, value) of the rows of a Parquet file."""
+def _parquet_rows(file: Path, column: str) -> Iterator[tuple[str, Any]]:
   number = 0
-  with opened_parquet(file) as table:
+  with parquet(file) as table:
     for batch in table.iter_batches(256, columns=[column]):
       for row in batch.to_pylist():
-        where = f'{file}, row {number:,}'
-        try:
-          yield where, value_of(row, column)
-        except UnicodeDecodeError as error:
-          raise no_utf8(where, error) from error
+        yield f'{file}, row {number:,}', row
         number += 1
 
 
-def _json_values(
-  file: Path, column: str, chat: bool
-) -> Iterator[tuple[str, Any]]:
-  """(place, value) of the lines of a file of JSON lines."""
-  with reading(file), opened(file) as lines:
-    for number, line in enumerate(lines, 1):
-      if line.strip():
-        where = f'{file}, line {number:,}'
-        yield where, _json_value(line, column, chat, where)
-
-
-def _json_value(line: bytes, column: str, chat: bool, where: str) -> Any:
-  try:
-    row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode('utf-8'))
-  except UnicodeDecodeError as error:
-    raise no_utf8(where, error) from error
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f'{where}: not JSON: {error.msg} at character {error.pos:,}'
-    ) from error
-  if not isinstance(row, dict):
-    raise UserError(
-      f'{where}: {_json(row)} is no object like {{"{column}": ...}}'
-    )
-  try:
-    return value_of(row, column)
-  except KeyError as error:
-    fits = lambda value: isinstance(value, list if chat else str)
-    fit = [c for c, value in columns_of(row).items() if fits(value)]
-    raise no_column(where, column, fit) from error
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+  with files.reading(file), files.opened(file) as raw:
+    for number, text in enumerate(raw, 1):
+      if text.strip():
+        yield f'{file}, line {number:,}', text
 
 
 def no_utf8(where: str, error: UnicodeDecodeError) -> UserError:
-  return UserError(
-    f'{where}: not UTF-8 at byte {error.start:,} '
-    f'(0x{error.object[error.start]:02x})'
-  )
+  at, byte = error.start, error.object[error.start]
+  return UserError(f'{where}: not UTF-8 at byte {at:,} (0x{byte:02x})')
 
 
 def no_column(where: str, column: str, fit: list[str]) -> UserError:
   """The mistake of naming a column that a source has not; fit: what it has."""
-  return UserError(
-    f'{where}: no column {column!r}{nearest(column, fit)}: {propose(fit)}'
-  )
+  near = files.nearest(column, fit)
+  return UserError(f'{where}: no column {column!r}{near}: {propose(fit)}')
 
 
 def propose(fit: list[str]) -> str:
@@ -167,7 +145,7 @@ def propose(fit: list[str]) -> str:
   return f'give --config.text.column={" or ".join(sorted(fit)[:20])}'
 
 
-def _json(value: Any) -> str:
+def _short(value: Any) -> str:
   text = json.dumps(value)
   return text if len(text) <= 40 else f'{text[:37]}...'
 

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax.config import Config
@@ -87,7 +86,7 @@ def check_config(config: Config) -> None:
       f'harvest.batch_sequences: {h.batch_sequences}; use 1 or more, a '
       f'multiple of mesh.data={config.mesh.data}'
     )
-  if bad := [i for i in h.skip_tokens if not isinstance(i, int | np.integer)]:
+  if bad := [i for i in h.skip_tokens if not hasattr(i, '__index__')]:
     raise UserError(
       f'harvest.skip_tokens: {bad[0]!r} is no token id; write numbers: '
       '--config.harvest.skip_tokens="(198, 216)"'
@@ -109,17 +108,6 @@ def check_config(config: Config) -> None:
   if s.trainers < 1:
     raise UserError(f'store.trainers: {s.trainers}; use 1 or more')
   task_of(config)
-
-
-def check_length(config: Config, context: int | None) -> None:
-  """UserError for sequences longer than the model's context, unless asked."""
-  h = config.harvest
-  if context and h.sequence_length > context and not h.beyond_context:
-    raise UserError(
-      f'harvest.sequence_length: {h.sequence_length:,}; the model was made for '
-      f'{context:,} positions: use at most these, or give '
-      '--config.harvest.beyond_context=true'
-    )
 
 
 def task_of(config: Config) -> tuple[int, int]:

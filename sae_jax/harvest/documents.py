@@ -9,26 +9,11 @@ from pathlib import Path
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.harvest import tables
+from sae_jax.harvest import files, tables
 from sae_jax.harvest.config import base_config
-from sae_jax.harvest.files import (
-  FILES,
-  KINDS,
-  Text,
-  ending,
-  find_files,
-  hash_files,
-  kind_of,
-  nearest,
-  no_text,
-  opened,
-  reading,
-  seen,
-)
+from sae_jax.harvest.files import KINDS, Text, kind_of, nearest
 
 _SAVED = ('info', 'dict')  # what `save_to_disk` leaves
-# A file that ends like this is not taken for plain text without being asked.
-_OTHERS = ('json', 'csv', 'tsv', 'arrow', 'zip', 'tar', 'tgz')
 # Keys that a kind of source has no use for.
 _UNUSED = {
   'txt': ('column', 'chat', 'split', 'name'), 'jsonl': ('split', 'name'),
@@ -63,21 +48,21 @@ def scan(text: Config) -> Text:
     return tables.saved(text, root)
   if kind == 'hub':
     return tables.hub(text)
-  files = find_files(root, kind, bool(text.kind))
+  found = files.find_files(root, kind, bool(text.kind))
   if kind == 'txt':
-    return _plain(text.path, root, files)
-  return tables.copied(text, root, files, kind)
+    return _plain(text.path, root, found)
+  return tables.copied(text, root, found, kind)
 
 
-def _plain(name: str, root: Path, files: list[Path]) -> Text:
+def _plain(name: str, root: Path, found: list[Path]) -> Text:
   """A corpus of .txt files, each a document."""
-  sha256, size = hash_files(root, files, text=True)
+  sha256, size = files.hash_files(root, found, text=True)
 
   def read(i: int) -> str:
-    with reading(files[i]), opened(files[i]) as raw:
+    with files.reading(found[i]), files.opened(found[i]) as raw:
       return raw.read().decode('utf-8')
 
-  return Text(name, len(files), len(files), size, sha256, False, read)
+  return Text(name, len(found), len(found), size, sha256, False, read)
 
 
 def _detect(path: str) -> str:
@@ -86,8 +71,8 @@ def _detect(path: str) -> str:
   if root.is_dir():
     if any((root / f'dataset_{name}.json').exists() for name in _SAVED):
       return 'datasets'
-    found = {kind_of(file) for file in seen(root)}
-    kinds = [kind for kind in FILES if kind in found]
+    found = {kind_of(file) for file in files.seen(root)}
+    kinds = [kind for kind in files.FILES if kind in found]
     if len(kinds) > 1:
       raise UserError(
         f'text.path: {path!r} has files of several kinds: choose with '
@@ -96,13 +81,13 @@ def _detect(path: str) -> str:
     if kinds:
       return kinds[0]
   elif root.is_file():
-    if ending(root) not in _OTHERS:
-      return kind_of(root) or 'txt'
+    if (kind := kind_of(root) or 'txt') != 'other':
+      return kind
     raise UserError(
       f'text.path: {path!r} is of no kind we read: make it .txt, .jsonl '
       'or .parquet, or say what it is with '
-      f'--config.text.kind={" or ".join(FILES)}'
+      f'--config.text.kind={" or ".join(files.FILES)}'
     )
   elif re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', path) and not kind_of(root):
     return 'hub'
-  raise no_text(root)
+  raise files.no_text(root)

@@ -18,22 +18,22 @@ from typing import Any, NamedTuple
 from sae_jax.errors import UserError
 from sae_jax.harvest.chat import Messages
 
-# How a file ends, in small letters -> text.kind; a saved data set is a folder,
-# a hub data set a name.
+FILES = ('txt', 'jsonl', 'parquet')
+KINDS = (*FILES, 'datasets', 'hub')  # a folder, and a name
+# How a file ends, in small letters -> text.kind; 'other' is not taken for plain
+# text without being asked.
 _ENDINGS = {
   'txt': 'txt', 'jsonl': 'jsonl', 'ndjson': 'jsonl', 'jsonlines': 'jsonl',
   'jl': 'jsonl', 'parquet': 'parquet', 'parq': 'parquet', 'pq': 'parquet',
+  **dict.fromkeys('json csv tsv arrow zip tar tgz'.split(), 'other'),
 }  # fmt: skip
-FILES = tuple(dict.fromkeys(_ENDINGS.values()))
-KINDS = (*FILES, 'datasets', 'hub')
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')  # on top of any ending
 
 # How files begin that are no text, whatever their names say.
 _NO_TEXT = {
-  rb'\x1f\x8b\x08': 'gzip', rb'BZh\d1AY&SY': 'bzip2', rb'\xfd7zXZ\0': 'xz',
-  rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18': 'Zstandard',
-  rb'PAR1\x15': 'Parquet', rb'%PDF-': 'PDF', rb'PK\x03\x04': 'a zip archive',
-  rb'\xff\xfe|\xfe\xff': 'UTF-16', rb'.*\0': 'binary data',
+  rb'\x1f\x8b\x08|BZh\d1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd': 'compressed data',
+  rb'PAR1\x15': 'Parquet', rb'\xff\xfe|\xfe\xff': 'UTF-16',
+  rb'%PDF-|PK\x03\x04|.*\0': 'binary data',
 }  # fmt: skip
 _JSON = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"[^"\n]*"\s*:')
 
@@ -76,8 +76,7 @@ def find_files(root: Path, kind: str, asked: bool) -> list[Path]:
     for magic, what in _NO_TEXT.items():
       if kind != 'parquet' and re.match(magic, head, re.DOTALL):
         raise UserError(
-          f'{file}: holds {what}, not {kind}: rename it to what it is, or '
-          'convert it to text in UTF-8'
+          f'{file}: holds {what}, not {kind}: rename it, or convert it'
         )
     if kind == 'txt' and not asked and _JSON.match(head):
       raise UserError(
@@ -89,9 +88,7 @@ def find_files(root: Path, kind: str, asked: bool) -> list[Path]:
 
 def seen(root: Path) -> list[Path]:
   """The files below a folder, sorted, less those that are or lie hidden."""
-  hidden = lambda file: any(
-    part.startswith('.') for part in file.relative_to(root).parts
-  )
+  hidden = lambda f: any(x[0] == '.' for x in f.relative_to(root).parts)
   return sorted(f for f in root.rglob('*') if f.is_file() and not hidden(f))
 
 
@@ -108,89 +105,65 @@ def hash_files(
     name = file.name if file == root else file.relative_to(root).as_posix()
     with reading(file), opened(file) if text else open(file, 'rb') as raw:
       digest.update(os.fsencode(name) + f'\0{file.stat().st_size}\0'.encode())
-      decoder, size = codecs.getincrementaldecoder('utf-8')(), 0
-      while piece := raw.read(_PIECE):
+      decoder, piece, size = codecs.getincrementaldecoder('utf-8')(), b'-', 0
+      while piece:
+        piece = raw.read(_PIECE)
         digest.update(piece)
-        if text:
-          _check_utf8(decoder, piece, file, size)
+        start = size - len(decoder.getstate()[0])
         size += len(piece)
-      if text:
-        _check_utf8(decoder, b'', file, size)
-    total += size
+        try:
+          decoder.decode(piece if text else b'', final=not piece)
+        except UnicodeDecodeError as error:
+          raise UserError(
+            f'{file}: not UTF-8 at byte {start + error.start:,} (0x'
+            f'{error.object[error.start]:02x}): convert it, for example with '
+            'iconv'
+          ) from error
+      total += size
   return digest.hexdigest(), total
-
-
-def _check_utf8(
-  decoder: codecs.IncrementalDecoder, piece: bytes, file: Path, start: int
-) -> None:
-  """UserError with the byte that is not UTF-8; the piece begins at `start`."""
-  before = len(decoder.getstate()[0])  # bytes of a character cut in two
-  try:
-    decoder.decode(piece, final=not piece)
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f'{file}: not UTF-8 at byte {start - before + error.start:,} '
-      f'(0x{error.object[error.start]:02x}): convert it, for example with iconv'
-    ) from error
 
 
 def opened(file: Path) -> io.BufferedIOBase:
   """A file's bytes, decompressed where its ending says so."""
-  match file.suffix.lower():
-    case '.gz':
-      return gzip.open(file)
-    case '.bz2':
-      return bz2.open(file)
-    case '.xz':
-      return lzma.open(file)
-    case '.zst':
-      return io.BufferedReader(_Zstandard(file), _PIECE)
-  return open(file, 'rb')
+  if (ending := file.suffix.lower()) == '.zst':
+    return io.BufferedReader(_Zstandard(file), _PIECE)
+  openers = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
+  return openers.get(ending, open)(file, 'rb')
 
 
 class _Zstandard(io.RawIOBase):
-  """What is in a .zst file, of any window: it takes as much memory, at most
-  2 GB. (pyarrow stops at 128 MB, zstandard's own reader takes a file that was
-  cut off for a whole one.)
-  """
+  """What is in a .zst file, of any window: that takes as much memory, at most
+  2 GB. (pyarrow stops at 128 MB.)"""
 
   def __init__(self, file: Path):
-    try:
-      import zstandard
-    except ImportError as error:
-      raise UserError(
-        f"cannot read {file}: pip install 'sae-jax[data]'"
-      ) from error
-    self._file, self._error = open(file, 'rb'), zstandard.ZstdError
-    window = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    self._next = window.decompressobj
-    self._frame, self._in, self._out = None, b'', b''
+    self._pieces, self._rest = _frames(file), b''
 
   def readable(self) -> bool:
     return True
 
   def readinto(self, into: Any) -> int:
-    while not self._out:
-      # Small pieces: a byte of them may become thousands.
-      self._in = self._in or self._file.read(1 << 14)
-      if not self._in:
-        if self._frame:
-          raise EOFError('the file ends within a Zstandard frame')
-        return 0
-      self._frame = self._frame or self._next()
-      try:
-        self._out = self._frame.decompress(self._in)
-      except self._error as error:
-        raise OSError(str(error)) from error
-      self._in = self._frame.unused_data
-      self._frame = None if self._frame.eof else self._frame
-    count = min(len(into), len(self._out))
-    into[:count], self._out = self._out[:count], self._out[count:]
+    while not self._rest and (piece := next(self._pieces, None)) is not None:
+      self._rest = piece
+    count = min(len(into), len(self._rest))
+    into[:count], self._rest = self._rest[:count], self._rest[count:]
     return count
 
-  def close(self) -> None:
-    self._file.close()
-    super().close()
+
+def _frames(file: Path) -> Iterator[bytes]:
+  """zstandard's own reader takes a file that was cut off for a whole one."""
+  import zstandard
+
+  every, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
+  with open(file, 'rb') as raw:
+    # Small pieces: a byte of them may become thousands.
+    while piece := (frame and frame.unused_data) or raw.read(1 << 14):
+      frame = every.decompressobj() if not frame or frame.eof else frame
+      try:
+        yield frame.decompress(piece)
+      except zstandard.ZstdError as error:
+        raise OSError(str(error)) from error
+  if frame and not frame.eof:
+    raise EOFError('cut off within a Zstandard frame')
 
 
 @contextlib.contextmanager
@@ -198,20 +171,19 @@ def reading(file: Path) -> Iterator[None]:
   """Turns what stops the reading of a file into the user's mistake."""
   try:
     yield
-  except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+  except (
+    OSError, EOFError, zlib.error, lzma.LZMAError, ImportError
+  ) as error:  # fmt: skip
     said = ' '.join(str(getattr(error, 'strerror', 0) or error).split())
     raise UserError(f'cannot read {file}: {said}') from error
 
 
 def kind_of(file: Path) -> str:
-  """The kind of source that a file's name says; '' for none."""
-  return _ENDINGS.get(ending(file), '')
-
-
-def ending(file: Path) -> str:
-  """How a file's name ends, in small letters and below its compression."""
+  """The kind of source that a file's name says, 'other' for one that we do not
+  read; '' for none."""
   name = Path(file.name.lower())
-  return (Path(name.stem) if name.suffix in COMPRESSED else name).suffix[1:]
+  name = Path(name.stem) if name.suffix in COMPRESSED else name
+  return _ENDINGS.get(name.suffix[1:], '')
 
 
 def no_text(root: Path) -> UserError:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.harvest.config import check_config, check_length, task_of
+from sae_jax.harvest.config import check_config, task_of
 from sae_jax.harvest.documents import scan
 from sae_jax.harvest.files import Text
 from sae_jax.harvest.planning import Forward, begin, existing
@@ -95,13 +95,23 @@ def harvest(
       config.model, jnp.dtype(config.harvest.compute_dtype)
     )
     model.check_sites(subject.cfg, config.harvest.sites)
-    check_length(config, subject.cfg.context)
+    if not config.harvest.beyond_context:
+      check_length(config.harvest.sequence_length, subject.cfg.context)
     run = make_forward(subject, config)
     begin(root, config, text, subject, run, keep, share.alone)
     del subject  # its weights are held by `run`
     with disk_errors_are_users(root):
       fill_share(root, config, run, share)
       return finish(root)
+
+
+def check_length(length: int, context: int | None) -> None:
+  """UserError for sequences longer than what the model was made for."""
+  if context and length > context:
+    raise UserError(
+      f'harvest.sequence_length: {length:,}; the model was made for '
+      f'{context:,}: use these, or give --config.harvest.beyond_context=true'
+    )
 
 
 def reusable(

@@ -21,12 +21,10 @@ from sae_jax.store.order import DOCUMENTS, permutation
 
 # Characters handed to the tokeniser at once: enough for all its threads.
 _CHUNK = 1 << 20
-# A document of more is handed over in spans that reach into their neighbours:
-# a text without a blank is one word, which only one thread can work on.
+# A document of more is cut: one without a blank is a single word, which keeps
+# one thread busy for minutes, and takes gigabytes (36 MB).
 _LONG = 1 << 20
 _SPAN = 1 << 16
-_OVERLAP = 1 << 9  # characters on both sides of an edge
-_AGREE = 8  # tokens of two spans that must be alike where they are joined
 # Sequences cut at once.
 _PIECE = 1024
 # Tokens without a row that are held back until the next row: 256 MB.
@@ -49,16 +47,6 @@ class Piece(NamedTuple):
   documents: np.ndarray
   rows_so_far: int
   documents_so_far: int
-
-
-class Packed(NamedTuple):
-  """All pieces in one: arrays as in Piece; rows and documents in all."""
-
-  sequences: np.ndarray
-  keep: np.ndarray
-  places: np.ndarray
-  rows: int
-  documents: int
 
 
 def pack(
@@ -100,18 +88,6 @@ def pack(
     text, _plain(tokenizer, text.chat), render, own, separator, seed, rows == 0
   )
   return _budget(_cut(ids, length, first), rows, keep, tokenizer)
-
-
-def pack_all(pieces: Iterator[Piece]) -> Packed:
-  """The pieces of `pack` as one, for what fits in memory."""
-  all_ = list(pieces)
-  return Packed(
-    np.concatenate([piece.sequences for piece in all_]),
-    np.concatenate([piece.keep for piece in all_]),
-    np.concatenate([piece.documents for piece in all_]),
-    all_[-1].rows_so_far,
-    all_[-1].documents_so_far,
-  )
 
 
 def _budget(
@@ -251,76 +227,34 @@ def _token_ids(
 
 def _encode(
   tokenizer: tokenizers.Tokenizer, documents: list[str]
-) -> list[list[int]]:
-  """The ids of each document."""
-  long = [len(document) > _LONG for document in documents]
-  short = ['' if x else d for x, d in zip(long, documents, strict=True)]
-  encodings = tokenizer.encode_batch_fast(short, add_special_tokens=False)
-  return [
-    _spans(tokenizer, document) if x else encoding.ids
-    for x, document, encoding in zip(long, documents, encodings, strict=True)
-  ]
+) -> Iterator[list[int]]:
+  """The ids of each document; a long one is cut for the tokeniser."""
+  cut = [[*_pieces(tokenizer, text)] for text in documents]
+  flat = [piece for pieces in cut for piece in pieces]
+  found = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+  for pieces in cut:
+    yield [i for _ in pieces for i in next(found).ids]
 
 
-def _spans(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  """The ids of a text, from spans of it that overlap.
-
-  Neighbours are joined at a token where both go on alike: for text of words,
-  these are the ids of the whole. Where there is none, it is simply cut.
+def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> Iterator[str]:
+  """A text, cut if it is long, where that changes no id for 200 characters
+  around: of words none at all. (Some tokenizers write a blank before a text:
+  there the one at the cut is left out.) Without such a place, anywhere.
   """
-  encode = lambda texts: tokenizer.encode_batch_fast(texts, False, False)
-  part = lambda edges, a, b: [text[max(at + a, 0) : at + b] for at in edges]
-  W, edges = _OVERLAP, range(0, len(text), _SPAN)
-  out, left, begin = [], [], 0  # of left the first token that is not in out
-  for k in range(0, len(edges), 16):
-    group = edges[k : k + 16]
-    # The end of each left span and the beginning of its right one again, with
-    # offsets: those take more time than the ids.
-    ends, heads = (
-      tokenizer.encode_batch(texts, add_special_tokens=False)
-      for texts in (part(group, -3 * W, W), part(group, -W, 3 * W))
-    )
-    spans = encode(part(group, -W, _SPAN + W))
-    for at, end, head, span in zip(group, ends, heads, spans, strict=True):
-      right, next_begin = span.ids, 0
-      if at and (seam := _seam(left, end, head, right)):
-        cut, next_begin = seam
-        left = left[:cut]
-      elif at:
-        right = encode([text[at + W : at + _SPAN + W]])[0].ids
-      out += left[begin:]
-      left, begin = right, next_begin
-  return out + left[begin:]
-
-
-def _seam(
-  left: list[int],
-  end: tokenizers.Encoding,
-  head: tokenizers.Encoding,
-  right: list[int],
-) -> tuple[int, int] | None:
-  """Tokens of two spans that begin at one place, and from which both go on
-  alike; None where there are none in the second half of the overlap.
-
-  end and head: the last 4 overlaps of left and the first 4 of right. With equal
-  ids from an edge on, the places of their tokens are those of the spans'.
-  """
-  first = lambda offsets: dict(
-    (start, i) for i, (start, _) in reversed([*enumerate(offsets)])
+  ids = lambda a, b: tokenizer.encode(text[a:b], add_special_tokens=False).ids
+  same = lambda cut: (
+    ids(cut[0] - 200, cut[0]) + ids(cut[1], cut[1] + 200)
+    == ids(cut[0] - 200, cut[1] + 200)
   )
-  a, b = end.ids, head.ids
-  there, starts = first(head.offsets), first(end.offsets)
-  for start, i in sorted(starts.items()):
-    j = there.get(start - 2 * _OVERLAP, 0)
-    cut = len(left) - len(a) + i
-    if (
-      start >= 3 * _OVERLAP
-      and j
-      and a[i : i + _AGREE] == b[j : j + _AGREE]
-      and (left[cut:], right[:j]) == (a[i:], b[:j])
-    ):
-      return cut, j
-  return None
+  begin = 0
+  for at in range(_SPAN, len(text) if len(text) > _LONG else 0, _SPAN):
+    near = range(at, min(at + 64, len(text)))
+    blanks = [(i, i + 1) for i in near if text[i] == ' ']
+    places = [*((i, i) for i in near), *blanks]
+    end, start = next(filter(same, places), (at, at))
+    yield text[begin:end]
+    begin = start
+  yield text[begin:]
 
 
 def _marks_messages(
@@ -328,12 +262,8 @@ def _marks_messages(
 ) -> bool:
   """Whether a chat template begins messages with the token, as SmolLM2's does
   with its BOS, <|im_start|>: in a text it is none then."""
-  word, template = str(tokenizer.id_to_token(token)), template or 'bos_token'
-  return (
-    'bos_token' not in template
-    and word in template
-    and not template.startswith(word)
-  )
+  word, template = str(tokenizer.id_to_token(token)), template or ''
+  return template.find(word) > 0 and 'bos_token' not in template
 
 
 def _plain(tokenizer: tokenizers.Tokenizer, chat: bool) -> tokenizers.Tokenizer:
@@ -341,15 +271,9 @@ def _plain(tokenizer: tokenizers.Tokenizer, chat: bool) -> tokenizers.Tokenizer:
 
   For chats it must read special tokens, which the template writes as text.
   """
-  literal = tokenizer.encode_special_tokens and not chat
-  if (
-    not tokenizer.truncation
-    and not tokenizer.padding
-    and literal == tokenizer.encode_special_tokens
-  ):
-    return tokenizer
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  tokenizer.encode_special_tokens = literal
+  if chat:
+    tokenizer.encode_special_tokens = False
   return tokenizer

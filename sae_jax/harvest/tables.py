@@ -11,17 +11,9 @@ from typing import Any
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.harvest import columns
 from sae_jax.harvest.chat import check_messages
-from sae_jax.harvest.columns import (
-  columns_of,
-  line,
-  no_column,
-  no_utf8,
-  opened_parquet,
-  propose,
-  rows,
-  value_of,
-)
+from sae_jax.harvest.columns import line
 from sae_jax.harvest.files import Text, hash_files, nearest, no_document
 from sae_jax.paths import cache_dir
 
@@ -33,10 +25,9 @@ def copied(text: Config, root: Path, files: list[Path], kind: str) -> Text:
   """A corpus of JSON lines or Parquet files, whose column is copied into the
   cache as an Arrow file, once for the same contents.
 
-  `datasets` has readers of both. The one of JSON guesses types (text that looks
-  like dates becomes dates), wants the same keys in every line, and does not say
-  which line is bad; the one of Parquet takes a file of the same name and time
-  for the same file.
+  `datasets` has readers: that of JSON guesses types (text may become dates),
+  wants the same keys in every line, and does not say which one is bad; that of
+  Parquet takes a file of the same name and time for the same.
   """
   datasets = _datasets()
   chat = bool(text.chat)
@@ -48,24 +39,20 @@ def copied(text: Config, root: Path, files: list[Path], kind: str) -> Text:
   feature = datasets.List({'role': words, 'content': words}) if chat else words
   try:
     data = datasets.Dataset.from_generator(
-      rows,
+      columns.rows,
       features=datasets.Features({text.column: feature}),
       cache_dir=cache_dir('datasets'),
-      gen_kwargs={'files': tuple(files), 'kind': kind, 'column': text.column,
+      gen_kwargs={'paths': tuple(files), 'kind': kind, 'column': text.column,
                   'chat': chat},
       fingerprint=f'{_READER}-{sha256}',
     )  # fmt: skip
-  except datasets.exceptions.DatasetGenerationError as error:
+  except (OSError, datasets.exceptions.DatasetGenerationError) as error:
     cause = error.__cause__ or error
     if isinstance(cause, UserError):
       raise cause from None
     raise UserError(
       f'text.path: cannot copy {text.path} into {cache_dir("datasets")}: '
       f'{line(cause)}'
-    ) from error
-  except OSError as error:
-    raise UserError(
-      f'text.path: cannot write in {cache_dir("datasets")}: {line(error)}'
     ) from error
   return _table(text, data, sha256, len(files))
 
@@ -88,6 +75,8 @@ def saved(text: Config, root: Path) -> Text:
     if text.split not in data:
       raise _no_split(str(root), text.split, data)
     data = data[text.split]
+  elif text.split not in ('train', data.split):  # as the default is
+    raise _no_split(str(root), text.split, [str(data.split or 'train')])
   # Paths as given: a folder that is a link must not change names.
   files = sorted({Path(file['filename']) for file in data.cache_files})
   header = f'{_header(text)}{text.split}\0'
@@ -178,9 +167,9 @@ def _table(text: Config, data: Any, sha256: str, files: int) -> Text:
   def read(i: int) -> Any:
     where = f'{name}, document {i:,}'
     try:
-      value = value_of(data[int(i)], column)
+      value = columns.value_of(data[int(i)], column)
     except UnicodeDecodeError as error:
-      raise no_utf8(where, error) from error
+      raise columns.no_utf8(where, error) from error
     return check_messages(value, where) if chat else value
 
   return Text(name, len(data), files, values.nbytes, sha256, chat, read)
@@ -197,15 +186,15 @@ def _check_type(
     isinstance(inner(f), dict)
     and all(is_words(inner(f).get(key)) for key in ('role', 'content'))
   )
-  columns = columns_of(features)
-  fit = [c for c, f in columns.items() if (is_chat if chat else is_words)(f)]
-  feature = columns.get(column, features.get(column))
+  leaves = columns.columns_of(features)
+  fit = [c for c, f in leaves.items() if (is_chat if chat else is_words)(f)]
+  feature = leaves.get(column, features.get(column))
   if feature is None:
-    raise no_column(name, column, fit)
+    raise columns.no_column(name, column, fit)
   is_bytes = re.fullmatch(r'(large_)?binary(_view)?', dtype(feature))
   if column in fit or (is_bytes and not chat):
     return
-  hint = propose(fit)
+  hint = columns.propose(fit)
   if not chat and isinstance(inner(feature), dict):
     hint = 'is it chat data? give --config.text.chat=true'
   wanted = 'no list of messages with role and content' if chat else 'not text'
@@ -216,7 +205,7 @@ def _check_type(
 
 def _checked_rows(file: Path, column: str, chat: bool) -> int:
   """Rows of a Parquet file; UserError unless its column is what is wanted."""
-  with opened_parquet(file) as table:
+  with columns.parquet(file) as table:
     features = _datasets().Features.from_arrow_schema(table.schema_arrow)
     _check_type(str(file), column, features, chat)
     return table.metadata.num_rows

@@ -4,12 +4,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from tiny_harvest import tiny_subject
+from tiny_harvest import pack_all, tiny_subject
 
 from sae_jax.errors import UserError
 from sae_jax.harvest import packing
 from sae_jax.harvest.files import Text
-from sae_jax.harvest.packing import pack, pack_all
+from sae_jax.harvest.packing import pack
 from sae_jax.harvest.positions import all_of, first, without
 from sae_jax.store.order import DOCUMENTS, permutation
 
