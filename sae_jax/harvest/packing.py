@@ -271,9 +271,9 @@ def _plain(tokenizer: tokenizers.Tokenizer, chat: bool) -> tokenizers.Tokenizer:
 
   For chats it must read special tokens, which the template writes as text.
   """
+  literal = tokenizer.encode_special_tokens and not chat  # a copy forgets it
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  if chat:
-    tokenizer.encode_special_tokens = False
+  tokenizer.encode_special_tokens = literal
   return tokenizer
