@@ -110,7 +110,7 @@ def check_length(length: int, context: int | None) -> None:
   if context and length > context:
     raise UserError(
       f'harvest.sequence_length: {length:,}; the model was made for '
-      f'{context:,}: use these, or give --config.harvest.beyond_context=true'
+      f'{context:,}: use no more, or --config.harvest.beyond_context=true'
     )
 
 

@@ -7,7 +7,7 @@ sequences of one length, each with the BOS token first.
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -210,7 +210,7 @@ def _token_ids(
   chunk, begin, size = [], 0, 0
   with bar:
     for n, i in enumerate(order):
-      document = text.read(int(i))
+      document: Any = text.read(int(i))
       if render:
         document = render(document, f'{text.name}, document {i:,}')
       chunk.append(document.lstrip('\ufeff'))

@@ -4,6 +4,7 @@ All become Arrow files that the package `datasets` maps into memory, so that
 any document can be read without reading the others. Only this file calls it.
 """
 
+import importlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,9 +32,10 @@ def copied(text: Config, root: Path, files: list[Path], kind: str) -> Text:
   """
   datasets = _datasets()
   chat = bool(text.chat)
-  if kind == 'parquet':  # before all is read to be hashed
-    if not sum(_checked_rows(file, text.column, chat) for file in files):
-      raise no_document(text.path)
+  for file in files if kind == 'parquet' else ():  # before all is hashed
+    with columns.parquet(file) as table:
+      features = datasets.Features.from_arrow_schema(table.schema_arrow)
+    _check_type(str(file), text.column, features, chat)
   sha256, _ = hash_files(root, files, _header(text))
   words = datasets.Value('large_string')  # no limit of 2 GB to a batch
   feature = datasets.List({'role': words, 'content': words}) if chat else words
@@ -153,12 +155,11 @@ def _table(text: Config, data: Any, sha256: str, files: int) -> Text:
   top, *inner = [column] if column in data.features else column.split('.')
   data = data.with_format(None).select_columns([top])
   values = data.data.column(top)
-  import pyarrow.compute  # `datasets` brings it
-
+  compute: Any = importlib.import_module('pyarrow.compute')
   for key in inner:
-    values = pyarrow.compute.struct_field(values, key)
+    values = compute.struct_field(values, key)
   if values.null_count:
-    at = pyarrow.compute.index(values.is_null(), True).as_py()
+    at = compute.index(values.is_null(), True).as_py()
     raise UserError(
       f'text.path: {name}: document {at:,} has no {column!r} (null), as '
       f'{values.null_count:,} in all: leave them out'
@@ -180,7 +181,7 @@ def _check_type(
 ) -> None:
   """UserError for a column that is not there, not text, or not messages."""
   dtype = lambda f: str(getattr(f, 'dtype', ''))
-  inner = lambda f: getattr(f, 'feature', None)
+  inner: Any = lambda f: getattr(f, 'feature', None)
   is_words = lambda f: re.fullmatch(r'(large_)?string(_view)?', dtype(f))
   is_chat = lambda f: (
     isinstance(inner(f), dict)
@@ -201,14 +202,6 @@ def _check_type(
   raise UserError(
     f'text.column: {column!r} of {name} is {line(feature)}, {wanted}: {hint}'
   )
-
-
-def _checked_rows(file: Path, column: str, chat: bool) -> int:
-  """Rows of a Parquet file; UserError unless its column is what is wanted."""
-  with columns.parquet(file) as table:
-    features = _datasets().Features.from_arrow_schema(table.schema_arrow)
-    _check_type(str(file), column, features, chat)
-    return table.metadata.num_rows
 
 
 def _no_split(where: str, split: str, splits: Iterable[str]) -> UserError:
