@@ -15,7 +15,7 @@ _DATA = [
   # Text in JSON lines, Parquet, saved data sets and on the hub, as memory-
   # mapped Arrow tables: any document without reading the others.
   'datasets>=5.0,<6',
-  'zstandard>=0.23,<1',  # what datasets reads the hub's .zst files with
+  'zstandard>=0.23,<1',  # .zst files, ours and those of the hub
 ]
 
 _STUDY = [

@@ -46,7 +46,8 @@ def check_messages(value: Any, where: str) -> Messages:
           f'{where}: {key} of message {i} is {type(message[key]).__name__}, '
           'not text'
         )
-  return [{'role': m['role'], 'content': m['content']} for m in value]
+  bare = lambda text: text.lstrip('\ufeff')  # a byte order mark
+  return [{key: bare(m[key]) for key in ('role', 'content')} for m in value]
 
 
 def make_render(

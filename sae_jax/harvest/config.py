@@ -33,6 +33,7 @@ def base_config() -> Config:
   c.harvest.sites = ('layer_9.resid_post',)  # all from one forward pass
   c.harvest.rows = 0  # rows to write, 0 for all the text gives
   c.harvest.sequence_length = 128  # T, BOS included
+  c.harvest.beyond_context = False  # allow more than the model was made for
   c.harvest.batch_sequences = 16  # sequences in one forward pass
   c.harvest.compute_dtype = 'float32'  # or 'bfloat16': the model's arithmetic
   c.harvest.seed = 0  # order of the documents, and of the rows in a shard
@@ -86,6 +87,11 @@ def check_config(config: Config) -> None:
       f'harvest.batch_sequences: {h.batch_sequences}; use 1 or more, a '
       f'multiple of mesh.data={config.mesh.data}'
     )
+  if bad := [i for i in h.skip_tokens if not hasattr(i, '__index__')]:
+    raise UserError(
+      f'harvest.skip_tokens: {bad[0]!r} is no token id; write numbers: '
+      '--config.harvest.skip_tokens="(198, 216)"'
+    )
   if h.rows < 0:
     raise UserError(f'harvest.rows: {h.rows}; use 0 for all rows, or more')
   if not 0 <= h.seed < 2**63:
@@ -134,5 +140,5 @@ def recorded(config: Config) -> dict[str, Any]:
     data['harvest'][key] = list(data['harvest'][key])
   for key in ('path', 'keep_bytes', 'trainers'):
     del data['store'][key]
-  del data['task'], data['distributed']
+  del data['task'], data['distributed'], data['harvest']['beyond_context']
   return data

@@ -9,24 +9,16 @@ from pathlib import Path
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.harvest import tables
-from sae_jax.harvest.files import (
-  KINDS,
-  SUFFIXES,
-  Text,
-  find_files,
-  hash_files,
-  kind_of,
-  nearest,
-  no_text,
-)
+from sae_jax.harvest import files, tables
+from sae_jax.harvest.config import base_config
+from sae_jax.harvest.files import KINDS, Text, kind_of, nearest
 
 _SAVED = ('info', 'dict')  # what `save_to_disk` leaves
-# A file that ends like this is not taken for plain text without being asked.
-_OTHERS = (
-  '.json', '.csv', '.tsv', '.arrow', '.json.gz', '.json.zst', '.txt.gz',
-  '.txt.zst', '.zip', '.tar', '.tar.gz',
-)  # fmt: skip
+# Keys that a kind of source has no use for.
+_UNUSED = {
+  'txt': ('column', 'chat', 'split', 'name'), 'jsonl': ('split', 'name'),
+  'parquet': ('split', 'name'), 'datasets': ('name',), 'hub': (),
+}  # fmt: skip
 
 
 def scan(text: Config) -> Text:
@@ -35,8 +27,8 @@ def scan(text: Config) -> Text:
   Args:
     text: path, kind, column, chat, split and name, as harvest/config.py.
 
-  Raises UserError, naming the file and the place in it, when there is no text
-  or it is not what its kind says.
+  Raises UserError, naming the file and the place in it, when there is no text,
+  it is not what its kind says, or lacks what the config asks for.
   """
   kind = text.kind or _detect(text.path)
   if kind not in KINDS:
@@ -44,25 +36,33 @@ def scan(text: Config) -> Text:
       f'text.kind: {kind!r} is not known{nearest(kind, KINDS)}; known: '
       f"'' to detect it, {', '.join(KINDS)}"
     )
-  root = Path(text.path).expanduser()
-  if kind == 'txt':
-    if text.chat:
+  usual = base_config().text
+  for key in _UNUSED[kind]:
+    if text[key] != usual[key]:
       raise UserError(
-        'text.chat: a .txt file is no chat: give .jsonl, .parquet or a data set'
+        f'text.{key}: {text[key]!r}, which {text.path} ({kind}) does not have: '
+        f'leave it at {usual[key]!r}, or give a source that has'
       )
-    return _plain(text.path, root, find_files(root, kind))
-  if kind == 'jsonl':
-    return tables.jsonl(text, root, find_files(root, kind))
-  if kind == 'parquet':
-    return tables.parquet(text, root, find_files(root, kind))
-  return tables.saved(text, root) if kind == 'datasets' else tables.hub(text)
+  root = Path(text.path).expanduser()
+  if kind == 'datasets':
+    return tables.saved(text, root)
+  if kind == 'hub':
+    return tables.hub(text)
+  found = files.find_files(root, kind, bool(text.kind))
+  if kind == 'txt':
+    return _plain(text.path, root, found)
+  return tables.copied(text, root, found, kind)
 
 
-def _plain(name: str, root: Path, files: list[Path]) -> Text:
+def _plain(name: str, root: Path, found: list[Path]) -> Text:
   """A corpus of .txt files, each a document."""
-  sha256, size = hash_files(root, files, utf8=True)
-  read = lambda i: files[i].read_bytes().decode('utf-8')
-  return Text(name, len(files), len(files), size, sha256, False, read)
+  sha256, size = files.hash_files(root, found, text=True)
+
+  def read(i: int) -> str:
+    with files.reading(found[i]), files.opened(found[i]) as raw:
+      return raw.read().decode('utf-8')
+
+  return Text(name, len(found), len(found), size, sha256, False, read)
 
 
 def _detect(path: str) -> str:
@@ -71,8 +71,8 @@ def _detect(path: str) -> str:
   if root.is_dir():
     if any((root / f'dataset_{name}.json').exists() for name in _SAVED):
       return 'datasets'
-    found = {kind_of(file) for file in root.rglob('*') if file.is_file()}
-    kinds = [kind for kind in SUFFIXES if kind in found]
+    found = {kind_of(file) for file in files.seen(root)}
+    kinds = [kind for kind in files.FILES if kind in found]
     if len(kinds) > 1:
       raise UserError(
         f'text.path: {path!r} has files of several kinds: choose with '
@@ -81,13 +81,13 @@ def _detect(path: str) -> str:
     if kinds:
       return kinds[0]
   elif root.is_file():
-    if not root.name.endswith(_OTHERS):
-      return kind_of(root) or 'txt'
+    if (kind := kind_of(root) or 'txt') != 'other':
+      return kind
     raise UserError(
       f'text.path: {path!r} is of no kind we read: make it .txt, .jsonl '
       'or .parquet, or say what it is with '
-      f'--config.text.kind={" or ".join(SUFFIXES)}'
+      f'--config.text.kind={" or ".join(files.FILES)}'
     )
   elif re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', path) and not kind_of(root):
     return 'hub'
-  raise no_text(root)
+  raise files.no_text(root)

@@ -95,12 +95,23 @@ def harvest(
       config.model, jnp.dtype(config.harvest.compute_dtype)
     )
     model.check_sites(subject.cfg, config.harvest.sites)
+    if not config.harvest.beyond_context:
+      check_length(config.harvest.sequence_length, subject.cfg.context)
     run = make_forward(subject, config)
     begin(root, config, text, subject, run, keep, share.alone)
     del subject  # its weights are held by `run`
     with disk_errors_are_users(root):
       fill_share(root, config, run, share)
       return finish(root)
+
+
+def check_length(length: int, context: int | None) -> None:
+  """UserError for sequences longer than what the model was made for."""
+  if context and length > context:
+    raise UserError(
+      f'harvest.sequence_length: {length:,}; the model was made for '
+      f'{context:,}: use no more, or --config.harvest.beyond_context=true'
+    )
 
 
 def reusable(
@@ -315,10 +326,11 @@ def batches_needed(
 
 
 def batch(sequences: Sequences, j: int, b: int) -> np.ndarray:
-  """Sequences [j b, (j + 1) b), the last one repeated to fill a batch."""
+  """Sequences [j b, (j + 1) b), repeated to fill a batch: any would do, the
+  rows of repetitions are dropped."""
   last = len(sequences.starts) - 1
   tokens = sequences.tokens(j * b, min((j + 1) * b, last))
-  return tokens[np.minimum(np.arange(b), len(tokens) - 1)]
+  return np.resize(tokens, (b, tokens.shape[1]))
 
 
 def finish(root: Path) -> Manifest | None:

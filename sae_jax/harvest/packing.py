@@ -7,7 +7,7 @@ sequences of one length, each with the BOS token first.
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,10 @@ from sae_jax.store.order import DOCUMENTS, permutation
 
 # Characters handed to the tokeniser at once: enough for all its threads.
 _CHUNK = 1 << 20
+# A document of more is cut: one without a blank is a single word, which keeps
+# one thread busy for minutes, and takes gigabytes (36 MB).
+_LONG = 1 << 20
+_SPAN = 1 << 16
 # Sequences cut at once.
 _PIECE = 1024
 # Tokens without a row that are held back until the next row: 256 MB.
@@ -43,16 +47,6 @@ class Piece(NamedTuple):
   documents: np.ndarray
   rows_so_far: int
   documents_so_far: int
-
-
-class Packed(NamedTuple):
-  """All pieces in one: arrays as in Piece; rows and documents in all."""
-
-  sequences: np.ndarray
-  keep: np.ndarray
-  places: np.ndarray
-  rows: int
-  documents: int
 
 
 def pack(
@@ -88,23 +82,12 @@ def pack(
   render = (
     make_render(tokenizer, chat_template, bos, separator) if text.chat else None
   )
-  ids = _token_ids(
-    text, _plain(tokenizer, text.chat), render, separator, seed, rows == 0
-  )
   first = separator if bos is None else bos
-  return _budget(_cut(ids, length, first), rows, keep, tokenizer)
-
-
-def pack_all(pieces: Iterator[Piece]) -> Packed:
-  """The pieces of `pack` as one, for what fits in memory."""
-  all_ = list(pieces)
-  return Packed(
-    np.concatenate([piece.sequences for piece in all_]),
-    np.concatenate([piece.keep for piece in all_]),
-    np.concatenate([piece.documents for piece in all_]),
-    all_[-1].rows_so_far,
-    all_[-1].documents_so_far,
+  own = None if _marks_messages(tokenizer, first, chat_template) else first
+  ids = _token_ids(
+    text, _plain(tokenizer, text.chat), render, own, separator, seed, rows == 0
   )
+  return _budget(_cut(ids, length, first), rows, keep, tokenizer)
 
 
 def _budget(
@@ -208,11 +191,16 @@ def _token_ids(
   text: Text,
   tokenizer: tokenizers.Tokenizer,
   render: Callable[..., str] | None,
+  own: int | None,
   separator: int,
   seed: int,
   everything: bool,
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Documents in shuffled order, tokenised by the chunk, with separators."""
+  """Documents in shuffled order, tokenised by the chunk, with separators.
+
+  They lose a byte order mark, and `own`, a BOS that they begin with: sequences
+  bring one.
+  """
   order = permutation(text.documents, seed, DOCUMENTS)
   # Only a whole corpus has a known end to show progress towards.
   bar = tqdm(
@@ -222,18 +210,60 @@ def _token_ids(
   chunk, begin, size = [], 0, 0
   with bar:
     for n, i in enumerate(order):
-      document = text.read(int(i))
+      document: Any = text.read(int(i))
       if render:
         document = render(document, f'{text.name}, document {i:,}')
-      chunk.append(document)
+      chunk.append(document.lstrip('\ufeff'))
       size += len(document) + 64  # a thousand empty ones are something, too
       if size < _CHUNK and n < len(order) - 1:
         continue
-      encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
-      for k, encoding in zip(order[begin : n + 1], encodings, strict=True):
-        yield int(k), np.array([*encoding.ids, separator], np.int32)
+      encoded = _encode(tokenizer, chunk)
+      for k, ids in zip(order[begin : n + 1], encoded, strict=True):
+        bare = itertools.dropwhile(lambda i: i == own, ids)
+        yield int(k), np.array([*bare, separator], np.int32)
       bar.update(len(chunk))
       chunk, begin, size = [], n + 1, 0
+
+
+def _encode(
+  tokenizer: tokenizers.Tokenizer, documents: list[str]
+) -> Iterator[list[int]]:
+  """The ids of each document; a long one is cut for the tokeniser."""
+  cut = [[*_pieces(tokenizer, text)] for text in documents]
+  flat = [piece for pieces in cut for piece in pieces]
+  found = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+  for pieces in cut:
+    yield [i for _ in pieces for i in next(found).ids]
+
+
+def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> Iterator[str]:
+  """A text, cut if it is long, where that changes no id for 200 characters
+  around: of words none at all. (Some tokenizers write a blank before a text:
+  there the one at the cut is left out.) Without such a place, anywhere.
+  """
+  ids = lambda a, b: tokenizer.encode(text[a:b], add_special_tokens=False).ids
+  same = lambda cut: (
+    ids(cut[0] - 200, cut[0]) + ids(cut[1], cut[1] + 200)
+    == ids(cut[0] - 200, cut[1] + 200)
+  )
+  begin = 0
+  for at in range(_SPAN, len(text) if len(text) > _LONG else 0, _SPAN):
+    near = range(at, min(at + 64, len(text)))
+    blanks = [(i, i + 1) for i in near if text[i] == ' ']
+    places = [*((i, i) for i in near), *blanks]
+    end, start = next(filter(same, places), (at, at))
+    yield text[begin:end]
+    begin = start
+  yield text[begin:]
+
+
+def _marks_messages(
+  tokenizer: tokenizers.Tokenizer, token: int, template: str | None
+) -> bool:
+  """Whether a chat template begins messages with the token, as SmolLM2's does
+  with its BOS, <|im_start|>: in a text it is none then."""
+  word, template = str(tokenizer.id_to_token(token)), template or ''
+  return template.find(word) > 0 and 'bos_token' not in template
 
 
 def _plain(tokenizer: tokenizers.Tokenizer, chat: bool) -> tokenizers.Tokenizer:
@@ -241,13 +271,7 @@ def _plain(tokenizer: tokenizers.Tokenizer, chat: bool) -> tokenizers.Tokenizer:
 
   For chats it must read special tokens, which the template writes as text.
   """
-  literal = tokenizer.encode_special_tokens and not chat
-  if (
-    not tokenizer.truncation
-    and not tokenizer.padding
-    and literal == tokenizer.encode_special_tokens
-  ):
-    return tokenizer
+  literal = tokenizer.encode_special_tokens and not chat  # a copy forgets it
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.no_truncation()
   tokenizer.no_padding()

@@ -4,90 +4,59 @@ All become Arrow files that the package `datasets` maps into memory, so that
 any document can be read without reading the others. Only this file calls it.
 """
 
-import codecs
-import contextlib
-import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import importlib
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.harvest import columns
 from sae_jax.harvest.chat import check_messages
-from sae_jax.harvest.files import Text, hash_files, nearest, no_column
+from sae_jax.harvest.columns import line
+from sae_jax.harvest.files import Text, hash_files, nearest, no_document
 from sae_jax.paths import cache_dir
 
 # Part of the cache's key: another number with every change to what is read.
-_READER = 1
+_READER = 2
 
 
-def jsonl(text: Config, root: Path, files: list[Path]) -> Text:
-  """A corpus of JSON lines, an object with the column in each.
+def copied(text: Config, root: Path, files: list[Path], kind: str) -> Text:
+  """A corpus of JSON lines or Parquet files, whose column is copied into the
+  cache as an Arrow file, once for the same contents.
 
-  The column is copied into the cache as an Arrow file, once for the same
-  contents. `datasets` has a reader of JSON lines; it guesses types (text that
-  looks like dates becomes dates), wants the same keys in every line, and does
-  not say which line is bad.
+  `datasets` has readers: that of JSON guesses types (text may become dates),
+  wants the same keys in every line, and does not say which one is bad; that of
+  Parquet takes a file of the same name and time for the same.
   """
   datasets = _datasets()
+  chat = bool(text.chat)
+  for file in files if kind == 'parquet' else ():  # before all is hashed
+    with columns.parquet(file) as table:
+      features = datasets.Features.from_arrow_schema(table.schema_arrow)
+    _check_type(str(file), text.column, features, chat)
   sha256, _ = hash_files(root, files, _header(text))
   words = datasets.Value('large_string')  # no limit of 2 GB to a batch
-  feature = (
-    datasets.List({'role': words, 'content': words}) if text.chat else words
-  )
-  with _conversion(text):
+  feature = datasets.List({'role': words, 'content': words}) if chat else words
+  try:
     data = datasets.Dataset.from_generator(
-      _json_rows,
+      columns.rows,
       features=datasets.Features({text.column: feature}),
       cache_dir=cache_dir('datasets'),
-      gen_kwargs={'files': tuple(files), 'column': text.column,
-                  'chat': bool(text.chat)},
+      gen_kwargs={'paths': tuple(files), 'kind': kind, 'column': text.column,
+                  'chat': chat},
       fingerprint=f'{_READER}-{sha256}',
     )  # fmt: skip
+  except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+    cause = error.__cause__ or error
+    if isinstance(cause, UserError):
+      raise cause from None
+    raise UserError(
+      f'text.path: cannot copy {text.path} into {cache_dir("datasets")}: '
+      f'{line(cause)}'
+    ) from error
   return _table(text, data, sha256, len(files))
-
-
-def parquet(text: Config, root: Path, files: list[Path]) -> Text:
-  """A corpus of Parquet files; the column is copied into the cache."""
-  datasets = _datasets()
-  import pyarrow.parquet
-
-  for file in files:
-    try:
-      names = pyarrow.parquet.read_schema(file).names
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-      raise UserError(
-        f'{file}: no Parquet file, or a damaged one: {_line(error)}'
-      ) from error
-    if text.column not in names:
-      raise no_column(str(file), text.column, names)
-  if not any(pyarrow.parquet.read_metadata(file).num_rows for file in files):
-    raise _empty(text.path)
-  sha256, _ = hash_files(root, files, _header(text))
-  try:
-    with _conversion(text):
-      data = datasets.Dataset.from_parquet(
-        [str(file) for file in files],
-        columns=[text.column],
-        cache_dir=cache_dir('datasets'),
-      )
-  except UserError:
-    _find_damage(files, text.column)  # `datasets` does not name the file
-    raise
-  return _table(text, data, sha256, len(files))
-
-
-def _find_damage(files: list[Path], column: str) -> None:
-  """Reads everything; UserError with the file that cannot be read."""
-  import pyarrow.parquet
-
-  for file in files:
-    try:
-      for _ in pyarrow.parquet.ParquetFile(file).iter_batches(columns=[column]):
-        pass
-    except (OSError, ValueError) as error:
-      raise UserError(f'{file}: damaged: {_line(error)}') from error
 
 
 def saved(text: Config, root: Path) -> Text:
@@ -102,12 +71,14 @@ def saved(text: Config, root: Path) -> Text:
     data = datasets.load_from_disk(str(root), keep_in_memory=False)
   except (OSError, ValueError, KeyError) as error:
     raise UserError(
-      f'text.path: {root}: no saved data set, or a damaged one: {_line(error)}'
+      f'text.path: {root}: no saved data set, or a damaged one: {line(error)}'
     ) from error
   if isinstance(data, datasets.DatasetDict):
     if text.split not in data:
       raise _no_split(str(root), text.split, data)
     data = data[text.split]
+  elif text.split not in ('train', data.split):  # as the default is
+    raise _no_split(str(root), text.split, [str(data.split or 'train')])
   # Paths as given: a folder that is a link must not change names.
   files = sorted({Path(file['filename']) for file in data.cache_files})
   header = f'{_header(text)}{text.split}\0'
@@ -121,6 +92,8 @@ def hub(text: Config) -> Text:
   datasets = _datasets()
   where = f'hub data set {text.path!r}'
   problem = lambda said: UserError(f'text.path: {where}{said}')
+  if Path(text.path).exists():  # `datasets` would take it, by name and time
+    raise problem(': there is a file or folder of that name: move it')
   try:
     builder = datasets.load_dataset_builder(text.path, text.name or None)
     builder.download_and_prepare()
@@ -136,19 +109,19 @@ def hub(text: Config) -> Text:
   except ConnectionError as error:
     raise problem(
       ': no such file or folder here, and the hub cannot be reached '
-      f'({_line(error)}): check the path, or the network'
+      f'({line(error)}): check the path, or the network'
     ) from error
   except ValueError as error:  # a configuration that is missing or not there
-    raise problem(f': {_line(error)}: give --config.text.name') from error
+    raise problem(f': {line(error)}: give --config.text.name') from error
   except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-    raise problem(f': {_line(error)}') from error
+    raise problem(f': {line(error)}') from error
   splits = list(builder.info.splits or ())
   if text.split.partition('[')[0] not in splits:
     raise _no_split(where, text.split, splits)
   try:
     data = builder.as_dataset(split=text.split)
   except (ValueError, AssertionError) as error:  # a bad slice, or an empty one
-    raise UserError(f'text.split: {where}: {_line(error)}') from error
+    raise UserError(f'text.split: {where}: {line(error)}') from error
   # builder.hash is the commit of the revision.
   header = f'{_header(text)}{text.split}\0{text.path}\0{text.name}\0'
   files = len(data.cache_files)
@@ -177,140 +150,58 @@ def _table(text: Config, data: Any, sha256: str, files: int) -> Text:
   """The corpus of a data set's column, checked as far as its type says."""
   name, column, chat = str(text.path), text.column, bool(text.chat)
   if not len(data):
-    raise _empty(name)
-  if column not in data.features:
-    raise no_column(f'text.path: {name}', column, data.features)
-  _check_type(name, column, data.features[column], chat)
-  data = data.with_format(None).select_columns([column])
-  values = data.data.column(column)
+    raise no_document(name)
+  _check_type(name, column, data.features, chat)
+  top, *inner = [column] if column in data.features else column.split('.')
+  data = data.with_format(None).select_columns([top])
+  values = data.data.column(top)
+  compute: Any = importlib.import_module('pyarrow.compute')
+  for key in inner:
+    values = compute.struct_field(values, key)
   if values.null_count:
-    import pyarrow.compute
-
-    at = pyarrow.compute.index(values.is_null(), True).as_py()
+    at = compute.index(values.is_null(), True).as_py()
     raise UserError(
       f'text.path: {name}: document {at:,} has no {column!r} (null), as '
       f'{values.null_count:,} in all: leave them out'
     )
 
   def read(i: int) -> Any:
-    value = data[int(i)][column]
-    return check_messages(value, f'{name}, document {i:,}') if chat else value
+    where = f'{name}, document {i:,}'
+    try:
+      value = columns.value_of(data[int(i)], column)
+    except UnicodeDecodeError as error:
+      raise columns.no_utf8(where, error) from error
+    return check_messages(value, where) if chat else value
 
   return Text(name, len(data), files, values.nbytes, sha256, chat, read)
 
 
-def _check_type(name: str, column: str, feature: Any, chat: bool) -> None:
-  """UserError for a column that is not text, or not messages."""
-  is_words = lambda f: getattr(f, 'dtype', '') in ('string', 'large_string')
-  inner = getattr(feature, 'feature', None)
-  if not chat and not is_words(feature):
-    hint = (
-      'is it chat data? give --config.text.chat=true'
-      if isinstance(inner, dict)
-      else 'give --config.text.column'
-    )
-    raise UserError(
-      f'text.column: {column!r} of {name} is {_line(feature)}, not text: {hint}'
-    )
-  if chat and not (
-    isinstance(inner, dict)
-    and all(is_words(inner.get(key)) for key in ('role', 'content'))
-  ):
-    raise UserError(
-      f'text.column: {column!r} of {name} is {_line(feature)}, no list of '
-      'messages with role and content: give --config.text.column, or '
-      '--config.text.chat=false for plain text'
-    )
-
-
-def _json_rows(
-  files: Sequence[Path], column: str, chat: bool
-) -> Iterator[dict[str, Any]]:
-  """The documents of files of JSON lines; UserError with the line."""
-  empty = True
-  for file in files:
-    for number, line in enumerate(_lines(file), 1):
-      if line.strip():
-        where = f'{file}, line {number:,}'
-        yield {column: _json_value(line, column, chat, where)}
-        empty = False
-  if empty:
-    raise _empty(', '.join(map(str, files[:3])))
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-  import pyarrow
-
-  try:
-    # It decompresses by the file's ending, and says when an end is missing.
-    with io.BufferedReader(pyarrow.input_stream(str(file)), 1 << 20) as lines:
-      for n, line in enumerate(lines):
-        yield line.removeprefix(codecs.BOM_UTF8) if n == 0 else line
-  except OSError as error:
-    raise UserError(f'cannot read {file}: {_line(error)}') from error
-
-
-def _json_value(line: bytes, column: str, chat: bool, where: str) -> Any:
-  try:
-    row = json.loads(line.decode('utf-8'))
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f'{where}: not UTF-8 at byte {error.start:,} of the line '
-      f'(0x{line[error.start]:02x})'
-    ) from error
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f'{where}: not JSON: {error.msg} at character {error.pos:,}'
-    ) from error
-  if not isinstance(row, dict):
-    raise UserError(
-      f'{where}: {_json(row)} is no object like {{"{column}": ...}}'
-    )
-  if column not in row:
-    raise no_column(where, column, row)
-  value = row[column]
-  if chat:
-    value = messages = check_messages(value, where)
-    words = ''.join(m['role'] + m['content'] for m in messages)
-  elif not isinstance(value, str):
-    hint = ''
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-      hint = ': is it chat data? give --config.text.chat=true'
-    raise UserError(f'{where}: {column!r} is {_json(value)}, not text{hint}')
-  else:
-    words = value
-  try:
-    words.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f'{where}: {column!r} has half a character, a lone surrogate, which is '
-      'no text'
-    ) from error
-  return value
-
-
-@contextlib.contextmanager
-def _conversion(text: Config) -> Iterator[None]:
-  """Turns what stops a copy into the cache into the user's mistake."""
-  errors = _datasets().exceptions
-  try:
-    yield
-  except errors.DatasetGenerationError as error:
-    cause = error.__cause__ or error
-    if isinstance(cause, UserError):
-      raise cause from None
-    raise UserError(
-      f'text.path: cannot copy {text.path} into {cache_dir("datasets")}: '
-      f'{_line(cause)}'
-    ) from error
-  except OSError as error:
-    raise UserError(
-      f'text.path: cannot write in {cache_dir("datasets")}: {_line(error)}'
-    ) from error
-
-
-def _empty(name: str) -> UserError:
-  return UserError(f'text.path: {name} holds no document')
+def _check_type(
+  name: str, column: str, features: Mapping[str, Any], chat: bool
+) -> None:
+  """UserError for a column that is not there, not text, or not messages."""
+  dtype = lambda f: str(getattr(f, 'dtype', ''))
+  inner: Any = lambda f: getattr(f, 'feature', None)
+  is_words = lambda f: re.fullmatch(r'(large_)?string(_view)?', dtype(f))
+  is_chat = lambda f: (
+    isinstance(inner(f), dict)
+    and all(is_words(inner(f).get(key)) for key in ('role', 'content'))
+  )
+  leaves = columns.columns_of(features)
+  fit = [c for c, f in leaves.items() if (is_chat if chat else is_words)(f)]
+  feature = leaves.get(column, features.get(column))
+  if feature is None:
+    raise columns.no_column(name, column, fit)
+  is_bytes = re.fullmatch(r'(large_)?binary(_view)?', dtype(feature))
+  if column in fit or (is_bytes and not chat):
+    return
+  hint = columns.propose(fit)
+  if not chat and isinstance(inner(feature), dict):
+    hint = 'is it chat data? give --config.text.chat=true'
+  wanted = 'no list of messages with role and content' if chat else 'not text'
+  raise UserError(
+    f'text.column: {column!r} of {name} is {line(feature)}, {wanted}: {hint}'
+  )
 
 
 def _no_split(where: str, split: str, splits: Iterable[str]) -> UserError:
@@ -320,16 +211,6 @@ def _no_split(where: str, split: str, splits: Iterable[str]) -> UserError:
   )
 
 
-def _json(value: Any) -> str:
-  text = json.dumps(value)
-  return text if len(text) <= 40 else f'{text[:37]}...'
-
-
 def _parent(root: Path, files: list[Path]) -> Path:
   """The folder that the names of a data set's files are relative to."""
   return root if all(f.is_relative_to(root) for f in files) else Path('/')
-
-
-def _line(error: Any) -> str:
-  """The beginning of the message of another library, in one line."""
-  return ' '.join(str(error).split())[:200]

@@ -60,6 +60,8 @@ class LMConfig:
   tied: bool = True  # logits through the transposed embedding
   final_softcap: float | None = None  # Gemma 2: 30
   head: bool = True  # False: saved without what makes logits
+  # Positions the model was made for; nothing is computed from them.
+  context: int | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     if self.heads % self.kv_heads:

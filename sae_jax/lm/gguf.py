@@ -178,6 +178,7 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], file: Path):
     embed_scale=width**0.5 if gemma else None,
     tied='output.weight' not in tensors,
     final_softcap=get('final_logit_softcapping', caps[1]),
+    context=get('context_length', None),
   )
   known = dict.fromkeys(_HEAD_DIMS, head_dim) | {'attention.causal': True}
   for key in sorted(unread):

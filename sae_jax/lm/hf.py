@@ -271,6 +271,7 @@ def _lm_config(kind: str, c: Any, tied: bool) -> LMConfig:
     embed_scale=c.hidden_size**0.5 if gemma else None,
     tied=tied,
     final_softcap=c.final_logit_softcapping if late_gemma else None,
+    context=getattr(c, 'max_position_embeddings', None),
   )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tiny_harvest import tiny_subject
+from tiny_harvest import pack_all, tiny_subject
 
 from sae_jax.errors import UserError
 from sae_jax.harvest.chat import check_messages, make_render
 from sae_jax.harvest.files import Text
-from sae_jax.harvest.packing import pack, pack_all
+from sae_jax.harvest.packing import pack
 from sae_jax.harvest.positions import all_of, first, without
 
 TEMPLATE = (

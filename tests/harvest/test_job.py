@@ -1,6 +1,7 @@
 """A harvest's rows are the model's, and its mistakes are one line."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -9,13 +10,14 @@ import pytest
 from tiny_harvest import CFG, SITES, tiny_config, tiny_subject, write_text
 
 from sae_jax.errors import UserError
-from sae_jax.harvest import job
-from sae_jax.harvest.job import harvest
+from sae_jax.harvest import job, planning
+from sae_jax.harvest.job import batch, harvest
 from sae_jax.lm.model import forward
 from sae_jax.store import reader
-from sae_jax.store.manifest import read_manifest
+from sae_jax.store.manifest import Site, read_manifest
 
 SUBJECT = tiny_subject()
+SUBJECT = dataclasses.replace(SUBJECT, cfg=dataclasses.replace(CFG, context=20))
 
 
 @pytest.fixture(scope='module')
@@ -159,6 +161,8 @@ def bad(c, key, value):
     ('harvest.sequence_length', 1, 'use 2 or more'),
     ('harvest.batch_sequences', 0, 'use 1 or more'),
     ('harvest.seed', -1, 'seed'),
+    ('harvest.skip_tokens', (3, 'the'), "'the' is no token id; write numbers"),
+    ('harvest.sequence_length', 21, 'made for 20: .*beyond_context=true'),
     ('harvest.compute_dtype', 'float23', "did you mean 'float32'"),
     ('store.dtype', 'bfloat', "did you mean 'bfloat16'"),
     ('store.rows_per_shard', 100, 'use 96'),
@@ -183,3 +187,34 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
   message = '179 bytes of text give 54 rows, 80 are needed: about 265 bytes'
   with pytest.raises(UserError, match=message):
     harvest(config, SUBJECT)
+
+
+def test_sequences_beyond_the_context_where_asked(text, tmp_path):
+  config = tiny_config(text, tmp_path / 's')
+  config.harvest.sequence_length = 21
+  config.harvest.beyond_context = True
+  manifest = harvest(config, SUBJECT)
+  assert manifest.sequence_length == 21
+  assert 'beyond_context' not in manifest.config['harvest']
+
+
+def test_int8_columns_are_measured_without_position_0(text, tmp_path):
+  config = tiny_config(text, tmp_path / 's')
+  config.harvest.skip_first = 0
+  rows = np.random.default_rng(0).normal(size=(3, 10, 2)).astype(np.float32)
+  rows[:, 0] = 1e4  # an attention sink
+  site = Site('x', 2, 'int8')
+  (found,) = planning.with_columns(
+    [site], config, lambda tokens: {'x': rows.reshape(-1, 2)}, None, True
+  )
+  wanted = rows[:, 1:].reshape(-1, 2).mean(axis=0)
+  np.testing.assert_allclose(found.offset, wanted, rtol=1e-4)
+
+
+def test_the_last_batch_is_filled_with_sequences_of_its_own():
+  tokens = np.arange(14).reshape(7, 2)
+  sequences = SimpleNamespace(
+    starts=np.arange(8), tokens=lambda a, b: tokens[a:b]
+  )
+  assert batch(sequences, 1, 5)[:2].tolist() == [[10, 11], [12, 13]]
+  assert {tuple(row) for row in batch(sequences, 1, 5)} == {(10, 11), (12, 13)}

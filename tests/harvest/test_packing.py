@@ -1,15 +1,17 @@
 """Pieces of sequences: boundaries kept, memory bounded, reasons given."""
 
+import random
 import tracemalloc
 
 import numpy as np
 import pytest
-from tiny_harvest import tiny_subject
+import tokenizers
+from tiny_harvest import pack_all, tiny_subject
 
 from sae_jax.errors import UserError
 from sae_jax.harvest import packing
 from sae_jax.harvest.files import Text
-from sae_jax.harvest.packing import pack, pack_all
+from sae_jax.harvest.packing import pack
 from sae_jax.harvest.positions import all_of, first, without
 from sae_jax.store.order import DOCUMENTS, permutation
 
@@ -186,3 +188,77 @@ def test_a_long_way_without_a_row_ends(monkeypatch):
   with pytest.raises(UserError, match='gets a row'):
     list(pieces(text))
   assert len(read) < 10
+
+
+@pytest.mark.parametrize('bos', [0, None])
+def test_a_document_does_not_bring_a_bos_or_a_byte_order_mark(bos):
+  first = '<s>' if bos == 0 else '</s>'
+  bare = [f'w{i} w5 {first} w6' for i in range(10)]
+  own = [f'\ufeff{first} {first} {text}' for text in bare[:5]]
+  want, found = (
+    pack_all(pieces(source(documents), bos=bos, length=6))
+    for documents in (bare, [*own, *bare[5:]])
+  )
+  for a, b in zip(want, found, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  'template, kept',
+  [
+    ("{{'<s>' + m}}", True),
+    ('<s>{{ m }}', False),
+    ('{{ bos_token }} <s>', False),
+  ],
+)
+def test_a_bos_that_begins_every_message_stays(template, kept):
+  packed = pack_all(
+    pieces(source(['<s> w1 w2'] * 5), chat_template=template, length=9)
+  )
+  assert packed.sequences[0, 1:4].tolist() == ([0, 4, 5] if kept else [4, 5, 1])
+
+
+def byte_level(texts):
+  t = tokenizers.Tokenizer(tokenizers.models.BPE())
+  t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  t.train_from_iterator(
+    texts,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=400,
+      show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
+  return t
+
+
+def sentence_piece(texts):
+  """As of Llama: nothing is cut, and a blank is written before a text."""
+  t = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='?'))
+  t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=400, show_progress=False, special_tokens=['?']
+  )
+  t.train_from_iterator(texts, trainer)
+  t.pre_tokenizer = None  # type: ignore
+  steps = tokenizers.normalizers
+  t.normalizer = steps.Sequence([steps.Prepend('▁'), steps.Replace(' ', '▁')])
+  return t
+
+
+@pytest.mark.parametrize('make', [byte_level, sentence_piece])
+def test_a_long_document_is_cut_where_no_id_changes(monkeypatch, make):
+  monkeypatch.setattr(packing, '_LONG', 1000)
+  monkeypatch.setattr(packing, '_SPAN', 500)
+  draw = random.Random(0)
+  words = [''.join(draw.choices('abcdé😀', k=1 + i % 9)) for i in range(200)]
+  text = ' '.join(draw.choices([*words, '\n\n ', '1234,'], k=1200))
+  tokenizer = make([text])
+  cut = [*packing._pieces(tokenizer, text)]
+  assert len(cut) > 10 and max(map(len, cut)) < 600
+  whole, short = (tokenizer.encode(t).ids for t in (text, text[:1000]))
+  assert [*packing._encode(tokenizer, [text[:1000], text])] == [short, whole]
+  # One word: cut all the same, and nothing is lost.
+  word = ''.join(draw.choices('abcd', k=2000))
+  pieces = [*packing._pieces(tokenizer, word)]
+  assert ''.join(pieces) == word and max(map(len, pieces)) < 600

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tiny_harvest import text_config, tiny_subject, write_text
+from tiny_harvest import pack_all, text_config, tiny_subject, write_text
 
 from sae_jax.errors import UserError
 from sae_jax.harvest import packing
 from sae_jax.harvest.documents import scan as scan_block
-from sae_jax.harvest.packing import pack, pack_all
+from sae_jax.harvest.packing import pack
 from sae_jax.harvest.positions import all_of, first, without
 from sae_jax.store.order import DOCUMENTS, permutation
 

@@ -12,6 +12,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -69,6 +70,28 @@ def text_config(path, **values) -> ConfigDict:
     'kind': '', 'column': 'text', 'chat': False, 'split': 'train', 'name': '',
   }  # fmt: skip
   return ConfigDict({'path': str(path)} | defaults | values)
+
+
+class Packed(NamedTuple):
+  """All pieces in one: arrays as in Piece; rows and documents in all."""
+
+  sequences: np.ndarray
+  keep: np.ndarray
+  places: np.ndarray
+  rows: int
+  documents: int
+
+
+def pack_all(pieces) -> Packed:
+  """The pieces of `pack` as one."""
+  all_ = list(pieces)
+  return Packed(
+    np.concatenate([piece.sequences for piece in all_]),
+    np.concatenate([piece.keep for piece in all_]),
+    np.concatenate([piece.documents for piece in all_]),
+    all_[-1].rows_so_far,
+    all_[-1].documents_so_far,
+  )
 
 
 def tiny_config(text, store) -> ConfigDict:
