@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from sae_jax import locks
 from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
 from sae_jax.store import quantise
@@ -81,7 +82,7 @@ def finish_shard(
       temporary(path).unlink(missing_ok=True)
     raise
   finally:
-    os.close(full.claim)
+    locks.release(full.claim)
 
 
 def temporary(path: Path) -> Path:

@@ -1,0 +1,104 @@
+"""Locks where the file system has no flock."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+
+from sae_jax import locks
+from sae_jax.errors import UserError
+from sae_jax.store.create import write_arrays
+from sae_jax.store.folder import claim
+from sae_jax.sweep import study
+from sae_jax.train.run import lock
+
+
+def no_flock(monkeypatch, number=errno.ENOSYS):
+  def refuse(descriptor, how):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(fcntl, 'flock', refuse)
+
+
+@pytest.fixture
+def links(monkeypatch):
+  no_flock(monkeypatch)
+  monkeypatch.setenv('SAE_JAX_LOCK', 'file')
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK])
+def test_no_flock_is_said_with_what_to_do(tmp_path, monkeypatch, number):
+  no_flock(monkeypatch, number)
+  rows = {'a': np.zeros((4, 2), np.float32)}
+  for use in (
+    lambda: write_arrays(tmp_path / 's', rows, rows_per_shard=2,
+                         rows_per_block=1),
+    lock(tmp_path).__enter__,
+    study.claim(tmp_path).__enter__,
+    lambda: study.is_taken(tmp_path),
+  ):  # fmt: skip
+    with pytest.raises(UserError, match='SAE_JAX_LOCK=file') as found:
+      use()
+    assert str(tmp_path) in str(found.value)
+    assert os.strerror(number) in str(found.value)
+
+
+def test_a_link_keeps_others_out_until_it_is_released(tmp_path, links):
+  path = tmp_path / 'x'
+  held = claim(path)
+  who = f'{socket.gethostname()}:{os.getpid()}'
+  with pytest.raises(UserError, match=rf'{who}; .* remove {path}.held'):
+    claim(path)
+  assert locks.taken(path)
+  locks.release(held)
+  assert not locks.taken(path) and os.listdir(tmp_path) == ['x']
+  locks.release(claim(path))
+
+
+def test_a_store_is_written_under_links_and_none_is_left(tmp_path, links):
+  rows = {'a': np.random.default_rng(0).normal(size=(8, 2))}
+  write_arrays(
+    tmp_path / 's', rows, rows_per_shard=4, rows_per_block=2, dtype='float32'
+  )
+  assert (tmp_path / 's/manifest.json').exists()
+  assert not list(tmp_path.rglob('*.held'))
+
+
+@pytest.mark.parametrize('guarded', [False, True])
+def test_links_of_processes_that_have_ended_are_taken_over(
+  tmp_path, links, guarded
+):
+  child = subprocess.Popen(['true'])
+  child.wait()
+  dead = f'{socket.gethostname()}:{child.pid}'
+  # The second as of another life of a container, whose processes are numbered
+  # from 1 again.
+  for who in (dead, f'{socket.gethostname()}:{os.getpid()}'):
+    os.symlink(who, tmp_path / 'lock.held')
+    if guarded:  # by a process that was killed when it removed the link
+      os.symlink(who, tmp_path / 'lock.held.held')
+    assert not locks.taken(tmp_path / 'lock')
+    with lock(tmp_path):
+      assert locks.taken(tmp_path / 'lock')
+    assert os.listdir(tmp_path) == ['lock']
+
+
+def test_links_of_other_hosts_stay(tmp_path, links):
+  os.symlink('elsewhere:1', tmp_path / 'lock.held')
+  words = f'in use .*elsewhere:1.* ended, remove {tmp_path}/lock.held'
+  with pytest.raises(UserError, match=words):
+    lock(tmp_path).__enter__()
+  assert locks.taken(tmp_path / 'lock')
+  (tmp_path / 'lock.held').unlink()
+  with lock(tmp_path):
+    pass
+
+
+def test_a_misspelt_switch_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv('SAE_JAX_LOCK', 'files')
+  with pytest.raises(UserError, match='SAE_JAX_LOCK=files: set it to file'):
+    lock(tmp_path).__enter__()
