@@ -17,7 +17,7 @@ from absl import logging
 from sae_jax.errors import UserError
 
 HELD = '.held'  # ending of the links
-_POLL_SECONDS = 0.2
+_HOST, _ME = socket.gethostname(), str(os.getpid())
 _links: dict[int, Path] = {}  # by the descriptors of this process
 
 
@@ -53,8 +53,6 @@ def release(descriptor: int) -> None:
 
 def taken(path: Path) -> bool:
   """Whether a process has the file; writes nothing."""
-  if _by_link():
-    return bool(_holder(_link(path)))
   try:
     descriptor = os.open(path, os.O_RDONLY)
   except OSError:  # nobody has ever had it
@@ -69,9 +67,8 @@ def taken(path: Path) -> bool:
 
 
 def _lock(path: Path, descriptor: int, how: int) -> None:
-  if _by_link():
-    _hold(_link(path), descriptor, wait=not how & fcntl.LOCK_NB)
-    return
+  if os.environ.get('SAE_JAX_LOCK') == 'file':
+    return _lock_by_link(path, descriptor, how)
   try:
     fcntl.flock(descriptor, how)
   except BlockingIOError:
@@ -84,70 +81,51 @@ def _lock(path: Path, descriptor: int, how: int) -> None:
     ) from None
 
 
-def _by_link() -> bool:
-  given = os.environ.get('SAE_JAX_LOCK', '')
-  if given not in ('', 'file'):
-    raise UserError(f'SAE_JAX_LOCK={given}: set it to file, or not at all')
-  return bool(given)
-
-
-def _link(path: Path) -> Path:
-  return Path(os.path.realpath(path) + HELD)
-
-
-def _hold(link: Path, descriptor: int, wait: bool) -> None:
+def _lock_by_link(path: Path, descriptor: int, how: int) -> None:
+  link = Path(os.path.realpath(path) + HELD)
   while True:
-    try:  # with what it says at once, also over NFS
-      os.symlink(_me(), link)
-    except FileExistsError:
-      if who := _holder(link):
-        said = f' ({who}; if that process has ended, remove {link})'
-        if not wait:
-          raise BlockingIOError(0, said) from None
-        logging.log_every_n_seconds(
-          logging.INFO, 'waiting for a lock%s', 30, said
-        )
-        time.sleep(_POLL_SECONDS)
-      else:
-        _clear(link)
-      continue
-    _links[descriptor] = link
-    return
+    if who := _holder(link):
+      said = f' ({who}; if that process has ended, remove {link})'
+      if how & fcntl.LOCK_NB:
+        raise BlockingIOError(0, said)
+      logging.log_every_n_seconds(
+        logging.INFO, 'waiting for a lock%s', 30, said
+      )
+      time.sleep(0.2)
+    elif how & fcntl.LOCK_SH:
+      return
+    elif _made(link):
+      _links[descriptor] = link
+      return
+    elif _made(guard := link.with_name(link.name + HELD)) or not _holder(guard):
+      # Left by a process that has ended. One at a time removes it, or the
+      # second would remove the first one's new link.
+      if not _holder(link):
+        link.unlink(missing_ok=True)
+      guard.unlink(missing_ok=True)
+
+
+def _made(link: Path) -> bool:
+  """Makes a link of this process; False: there is one."""
+  try:  # with what it says at once, also over NFS
+    os.symlink(f'{_HOST}:{_ME}', link)
+    return True
+  except FileExistsError:
+    return False
 
 
 def _holder(link: Path) -> str:
-  """The host:process that has a link; '' for one that has ended, as far as this
-  host can tell."""
+  """The host:process that has a link; '': it has ended, for what this host can
+  tell, or there is none."""
   try:
     found = os.readlink(link)
     host, _, process = found.rpartition(':')
-    if host == socket.gethostname() and link not in _links.values():
+    if host == _HOST and link not in _links.values():
       os.kill(int(process), 0)
       # A container's processes have the numbers of those before.
-      return '' if int(process) == os.getpid() else found
+      return '' if process == _ME else found
   except (FileNotFoundError, ProcessLookupError):
     return ''
   except PermissionError:  # another user's
     pass
   return found
-
-
-def _clear(link: Path) -> None:
-  """Removes the link of a process that has ended: one at a time does, or the
-  second would remove the first one's new link."""
-  guard = link.with_name(link.name + HELD)
-  try:
-    os.symlink(_me(), guard)
-  except FileExistsError:
-    if not _holder(guard):  # killed in between
-      guard.unlink(missing_ok=True)
-    return
-  try:
-    if not _holder(link):
-      link.unlink(missing_ok=True)
-  finally:
-    guard.unlink(missing_ok=True)
-
-
-def _me() -> str:
-  return f'{socket.gethostname()}:{os.getpid()}'

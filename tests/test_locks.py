@@ -96,9 +96,3 @@ def test_links_of_other_hosts_stay(tmp_path, links):
   (tmp_path / 'lock.held').unlink()
   with lock(tmp_path):
     pass
-
-
-def test_a_misspelt_switch_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setenv('SAE_JAX_LOCK', 'files')
-  with pytest.raises(UserError, match='SAE_JAX_LOCK=files: set it to file'):
-    lock(tmp_path).__enter__()
