@@ -3,10 +3,12 @@
 Bad input ends with one line on stderr and exit code 2, without a traceback.
 """
 
+import contextlib
 import errno
 import logging as std_logging
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -52,8 +54,43 @@ def stop(error: BaseException | str) -> None:
   sys.exit(2)
 
 
+def usage(program: str, about: str) -> str:
+  """What a program is for, and its own flags: those of libraries are hundreds.
+
+  program: the name of its module, for absl; about: its docstring."""
+  ours = flags.FLAGS.flags_by_module_dict()
+  lines = [about]
+  for flag in ours[program] + ours.get('sae_jax.parallel.processes', []):
+    default = '' if flag.default in (None, '', []) else f' [{flag.default}]'
+    text = f'--{flag.name}: {flag.help}{default}'
+    lines += textwrap.wrap(text, 80, subsequent_indent='    ')
+    if flag.name == 'config':
+      lines.append(
+        '--config.KEY=VALUE: any key of it; their units are in '
+        'sae_jax/train/config.py\n    and sae_jax/harvest/config.py.'
+      )
+  return '\n'.join([*lines, '--helpfull: the flags of all libraries, too.'])
+
+
+def _whole(parser: flags.IntegerParser, argument: int | str) -> int:
+  """Takes 1e6 for an integer flag, and for such a key of a config."""
+  with contextlib.suppress(ValueError):
+    return _convert(parser, argument)
+  with contextlib.suppress(ValueError):
+    if (number := float(argument)).is_integer():
+      return int(number)
+  raise ValueError('must be a whole number')
+
+
+_convert = flags.IntegerParser.convert
+flags.IntegerParser.convert = _whole
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   """Flag parsing that reports a bad flag or config key in one line."""
+  if {'-h', '-help', '--help', '--helpshort'} & set(argv):
+    print(usage(argv[0], sys.modules['__main__'].__doc__ or ''))
+    sys.exit(0)
   try:
     rest = flags.FLAGS(list(argv))
     for name in flags.FLAGS:  # a config file that failed to load says so late

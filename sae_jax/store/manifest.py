@@ -40,6 +40,12 @@ class Normalizer(NamedTuple):
   mean_squared_norm_centred: float
   mean_squared_norm_raw: float
 
+  @property
+  def varies(self) -> bool:
+    """False: rows are alike, as far as float32 can tell."""
+    least = self.mean_squared_norm_raw * float(np.finfo(np.float32).eps) ** 2
+    return self.mean_squared_norm_centred > least
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -237,7 +243,9 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_root(root: str | Path) -> Path:
-  """The store's folder; UserError for a bucket URL."""
+  """The store's folder; UserError for none, or a bucket URL."""
+  if not str(root):
+    raise UserError('config.store.path is empty: give the folder of a store')
   if '://' in str(root):
     raise UserError(
       f'store.path: {str(root)!r} is a URL: stores are read and written in '

@@ -33,6 +33,7 @@ from sae_jax.train.members import Job, States, initial, make_job, members_of
 from sae_jax.train.progress import Progress
 from sae_jax.train.rows import (
   Ahead,
+  check_varies,
   held_out_rows,
   next_batch,
   open_source,
@@ -69,6 +70,7 @@ def train(config: Config, run_dir: str) -> States:
   # Of a store that is still being written held-out and normaliser shards must
   # be there; whatever can be refused without them has been.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
+  processes.agreed(lambda: check_varies(source))
   warn_of_size(config, source)
   with jax.set_mesh(mesh):
     held_out = processes.agreed(lambda: held_out_rows(config))

@@ -45,6 +45,7 @@ def open_source(
     c.path, c.site, batch, seed=stream_seed(config), window=c.window,
     parts=parts, of=of,
     check_sizes=config.train.on_bad_block == 'stop',
+    multiple_of=config.mesh.data * config.train.micro_batches,
   )  # fmt: skip
   if source.site.width != config.sae.d_in:
     raise UserError(
@@ -54,6 +55,16 @@ def open_source(
     )
   growing.check(config, source, source.manifest)
   return source
+
+
+def check_varies(source: BatchSource) -> None:
+  """UserError for rows that are all alike: there is nothing to divide by."""
+  if not reader.normalizer(source.root, source.site.name).varies:
+    raise UserError(
+      f'config.store.path: the rows of {source.site.name} in the normaliser '
+      f'shards of {source.root} do not vary, nothing can be learned from them: '
+      'make the store again from other rows'
+    )
 
 
 def warn_of_size(config: Config, source: BatchSource) -> None:
