@@ -20,6 +20,7 @@ from sae_jax.interop.source import (
   Piece,
   Source,
   bar,
+  check_finite,
   identity,
   progress,
   shuffled,
@@ -236,9 +237,11 @@ def kept_tokens(
   keep[:, : options.skip_first] = False
   bad = keep & ((ids < 0) | (ids > np.iinfo(np.int32).max))
   if bad.any():
+    i, p = map(int, np.argwhere(bad)[0])
+    place = source.where(next(iter(source.hooks)), piece, i, p)
     raise UserError(
-      f'source: token id {ids[bad][0]} in {source.root}, which is none: if it '
-      'is padding give it in skip_tokens'
+      f'source: {place}: token id {ids[i, p]}, which is none: if it is padding '
+      'give it in skip_tokens'
     )
   return np.where(keep, ids, ids.clip(0)).astype(np.int32), keep
 
@@ -273,8 +276,10 @@ def sample_moments(
     few = np.zeros(keep.size, bool)
     few[where[:: max(1, len(where) * count // _SAMPLE)]] = True
     values = source.rows(site, pieces[i], few.reshape(keep.shape))
-    found.append(moments(values.astype(np.float32)))
-  return merge_all(found)
+    values = values.astype(np.float32)
+    if (good := np.isfinite(values).all(1)).any():  # `fill` names the others
+      found.append(moments(values[good]))
+  return merge_all(found or [moments(np.zeros((1, source.widths[site])))])
 
 
 def model(source: Source, options: Options) -> dict[str, Any]:
@@ -316,6 +321,7 @@ def fill(writer: StoreWriter, source: Source) -> None:
         )
         for site in m.sites
       }
+      check_finite(source, piece, keep, picked, rows.start, m.rows_per_shard)
       shown.update(writer.write(rows.start, picked))
 
 

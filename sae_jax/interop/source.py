@@ -37,7 +37,8 @@ class Source(NamedTuple):
   context: whether rows have neighbours, or are shuffled and stand alone.
   tokens(piece) gives ids [q, T] and which of them may have a row, bool [q, T];
   rows(site, piece, keep) the rows [n, width] of the n tokens of `keep`, in
-  order. model, notes: what the source says of the model and of itself.
+  order; where(site, piece, i, p), for messages, the place of token p of its
+  i-th sequence. model, notes: what the source says of the model and of itself.
   """
 
   root: Path
@@ -50,6 +51,7 @@ class Source(NamedTuple):
   pieces: list[Piece]
   tokens: Callable[[Piece], tuple[np.ndarray, np.ndarray]]
   rows: Callable[[str, Piece, np.ndarray], np.ndarray]
+  where: Callable[[str, Piece, int, int], str]
   model: dict[str, Any]
   notes: dict[str, Any]
 
@@ -83,6 +85,27 @@ def shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
   order = permutation(len(pieces), seed, DOCUMENTS)
   mixed = source._replace(pieces=[pieces[i] for i in order])
   return mixed, np.array(numbers, np.int64)[order]
+
+
+def check_finite(
+  source: Source,
+  piece: Piece,
+  keep: np.ndarray,
+  rows: Mapping[str, np.ndarray],
+  first: int,
+  rows_per_shard: int,
+) -> None:
+  """UserError naming a row of a piece that holds NaN or infinity; rows: by
+  site, in the store's type; first: the number of the first."""
+  for site, values in rows.items():
+    if (bad := ~np.isfinite(values).all(1)).any():
+      row = int(bad.argmax())
+      i, p = map(int, np.argwhere(keep)[row])
+      raise UserError(
+        f'source: {source.where(site, piece, i, p)} holds NaN or infinity as '
+        f'{values.dtype} (shard {(first + row) // rows_per_shard} of the '
+        'store): leave the row out, or compute it again'
+      )
 
 
 def alone(ids: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from sae_jax.paths import write_atomic
 from sae_jax.store import quantise
 from sae_jax.store.files import column_codes
 from sae_jax.store.manifest import (
+  TOKENS,
   FileEntry,
   Manifest,
   Site,
@@ -101,20 +102,26 @@ def _checksums(
       hashes.append(xxhash.xxh3_64_intdigest(raw.view(np.uint8).data))
       with np.errstate(invalid='ignore', over='ignore'):
         total = merge_next(total, rows)
-    record.moments[site.name] = _finite(total, site, full.shard)
+    record.moments[site.name] = _finite(total, site, full, step)
     sums[site_part(site.name)] = np.array(hashes, '<u8').tobytes()
   for part in full.rows.keys() - sums.keys():
     sums[part] = block_checksums(full.rows[part], step)
   return sums
 
 
-def _finite(total: Moments | None, site: Site, shard: int) -> Moments:
-  if total is None or not np.isfinite(total.m2).all():
-    raise UserError(
-      f'{site.name}: a row of shard {shard} holds NaN or infinity: '
-      'check the model file, and compute in float32'
-    )
-  return total
+def _finite(
+  total: Moments | None, site: Site, full: FullShard, step: int
+) -> Moments:
+  if total is not None and np.isfinite(total.m2).all():
+    return total
+  blocks = _blocks(site, full.rows, step)
+  bad = np.concatenate([~np.isfinite(x).all(1) for _, x in blocks])
+  sequence, position, token = full.rows[TOKENS][bad.argmax()]
+  raise UserError(
+    f'{site.name}: the row of token {token} at position {position} of sequence '
+    f'{sequence} (shard {full.shard}) holds NaN or infinity: check the model '
+    'file, and compute in float32'
+  )
 
 
 def _blocks(

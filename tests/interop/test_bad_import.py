@@ -204,7 +204,7 @@ def test_npy_tokens(tmp_path):
   listed = np.stack([np.arange(240) // T, np.arange(240) % T, FLAT_IDS], 1)
   for change, words in (
     ((5, 0, -1), ['negative']),
-    ((239, 1, 2), ['two rows for sequence 29, position 2']),
+    ((239, 1, 2), ['rows 234 and 239 are both of sequence 29, position 2']),
     ((239, 0, 10**6), ['1,000,000', 'number the sequences from 0']),
   ):
     bad = listed.copy()
