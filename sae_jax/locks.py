@@ -1,24 +1,22 @@
 """Locks of files, which keep other processes away: the one place for them.
 
 They are flock's, which end with their process. Where a file system has no flock
-SAE_JAX_LOCK=file in the environment of all programs takes links beside the
-files instead, which name host and process. (POSIX locks would not do: Lustre
-and NFS lack them where they lack flock.)
+SAE_JAX_LOCK=file in the environment of all programs takes files beside those
+instead, which name host and process. (POSIX locks would not do: Lustre and NFS
+lack them where they lack flock.)
 """
 
 import fcntl
 import os
-import socket
-import time
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from sae_jax.errors import UserError
 
-HELD = '.held'  # ending of the links
-_HOST, _ME = socket.gethostname(), str(os.getpid())
-_links: dict[int, Path] = {}  # by the descriptors of this process
+HELD = '.held'  # ending of those files
+_held: dict[int, Any] = {}  # by descriptor
 
 
 def take(path: Path, wait: bool = False) -> int:
@@ -39,36 +37,36 @@ def take(path: Path, wait: bool = False) -> int:
     except FileNotFoundError:
       pass
     except BaseException:
-      os.close(descriptor)
+      release(descriptor)
       raise
     release(descriptor)
 
 
 def release(descriptor: int) -> None:
   """Gives back what `take` gave."""
-  if link := _links.pop(descriptor, None):
-    link.unlink(missing_ok=True)
+  if descriptor in _held:
+    _held.pop(descriptor).release()
   os.close(descriptor)
 
 
 def taken(path: Path) -> bool:
-  """Whether a process has the file; writes nothing."""
+  """Whether a process has the file."""
   try:
     descriptor = os.open(path, os.O_RDONLY)
   except OSError:  # nobody has ever had it
     return False
   try:
     _lock(path, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return False
   except BlockingIOError:
     return True
   finally:
-    os.close(descriptor)
+    release(descriptor)
+  return False
 
 
 def _lock(path: Path, descriptor: int, how: int) -> None:
   if os.environ.get('SAE_JAX_LOCK') == 'file':
-    return _lock_by_link(path, descriptor, how)
+    return _lock_by_file(f'{path}{HELD}', descriptor, bool(how & fcntl.LOCK_NB))
   try:
     fcntl.flock(descriptor, how)
   except BlockingIOError:
@@ -81,51 +79,17 @@ def _lock(path: Path, descriptor: int, how: int) -> None:
     ) from None
 
 
-def _lock_by_link(path: Path, descriptor: int, how: int) -> None:
-  link = Path(os.path.realpath(path) + HELD)
-  while True:
-    if who := _holder(link):
-      said = f' ({who}; if that process has ended, remove {link})'
-      if how & fcntl.LOCK_NB:
-        raise BlockingIOError(0, said)
-      logging.log_every_n_seconds(
-        logging.INFO, 'waiting for a lock%s', 30, said
-      )
-      time.sleep(0.2)
-    elif how & fcntl.LOCK_SH:
-      return
-    elif _made(link):
-      _links[descriptor] = link
-      return
-    elif _made(guard := link.with_name(link.name + HELD)) or not _holder(guard):
-      # Left by a process that has ended. One at a time removes it, or the
-      # second would remove the first one's new link.
-      if not _holder(link):
-        link.unlink(missing_ok=True)
-      guard.unlink(missing_ok=True)
+def _lock_by_file(name: str, descriptor: int, at_once: bool) -> None:
+  # It takes over what a process of this host has left that has ended.
+  from filelock import SoftFileLock, Timeout  # 40 ms
 
-
-def _made(link: Path) -> bool:
-  """Makes a link of this process; False: there is one."""
-  try:  # with what it says at once, also over NFS
-    os.symlink(f'{_HOST}:{_ME}', link)
-    return True
-  except FileExistsError:
-    return False
-
-
-def _holder(link: Path) -> str:
-  """The host:process that has a link; '': it has ended, for what this host can
-  tell, or there is none."""
+  lock = SoftFileLock(name, thread_local=False)
   try:
-    found = os.readlink(link)
-    host, _, process = found.rpartition(':')
-    if host == _HOST and link not in _links.values():
-      os.kill(int(process), 0)
-      # A container's processes have the numbers of those before.
-      return '' if process == _ME else found
-  except (FileNotFoundError, ProcessLookupError):
-    return ''
-  except PermissionError:  # another user's
-    pass
-  return found
+    lock.acquire(timeout=0.2)
+  except Timeout:
+    said = f' (its host and number are in {name}: remove that if it has ended)'
+    if at_once:
+      raise BlockingIOError(0, said) from None
+    logging.info('waiting for another process%s', said)
+    lock.acquire()
+  _held[descriptor] = lock

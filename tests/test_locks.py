@@ -25,7 +25,7 @@ def no_flock(monkeypatch, number=errno.ENOSYS):
 
 
 @pytest.fixture
-def links(monkeypatch):
+def files(monkeypatch):
   no_flock(monkeypatch)
   monkeypatch.setenv('SAE_JAX_LOCK', 'file')
 
@@ -47,19 +47,22 @@ def test_no_flock_is_said_with_what_to_do(tmp_path, monkeypatch, number):
     assert os.strerror(number) in str(found.value)
 
 
-def test_a_link_keeps_others_out_until_it_is_released(tmp_path, links):
+def test_a_lock_file_keeps_others_out_until_it_is_released(tmp_path, files):
   path = tmp_path / 'x'
   held = claim(path)
-  who = f'{socket.gethostname()}:{os.getpid()}'
-  with pytest.raises(UserError, match=rf'{who}; .* remove {path}.held'):
+  with pytest.raises(UserError, match=f'{path}.held: remove that if it has'):
     claim(path)
+  assert (tmp_path / 'x.held').read_text().split()[:2] == [
+    str(os.getpid()),
+    socket.gethostname(),
+  ]
   assert locks.taken(path)
   locks.release(held)
   assert not locks.taken(path) and os.listdir(tmp_path) == ['x']
   locks.release(claim(path))
 
 
-def test_a_store_is_written_under_links_and_none_is_left(tmp_path, links):
+def test_a_store_is_written_under_lock_files_and_none_is_left(tmp_path, files):
   rows = {'a': np.random.default_rng(0).normal(size=(8, 2))}
   write_arrays(
     tmp_path / 's', rows, rows_per_shard=4, rows_per_block=2, dtype='float32'
@@ -68,28 +71,23 @@ def test_a_store_is_written_under_links_and_none_is_left(tmp_path, links):
   assert not list(tmp_path.rglob('*.held'))
 
 
-@pytest.mark.parametrize('guarded', [False, True])
-def test_links_of_processes_that_have_ended_are_taken_over(
-  tmp_path, links, guarded
-):
+def test_what_killed_processes_have_left_is_taken_over(tmp_path, files):
   child = subprocess.Popen(['true'])
   child.wait()
-  dead = f'{socket.gethostname()}:{child.pid}'
   # The second as of another life of a container, whose processes are numbered
   # from 1 again.
-  for who in (dead, f'{socket.gethostname()}:{os.getpid()}'):
-    os.symlink(who, tmp_path / 'lock.held')
-    if guarded:  # by a process that was killed when it removed the link
-      os.symlink(who, tmp_path / 'lock.held.held')
+  for left in (f'{child.pid}', f'{os.getpid()}'):
+    text = f'{left}\n{socket.gethostname()}\n1\n'
+    (tmp_path / 'lock.held').write_text(text)
     assert not locks.taken(tmp_path / 'lock')
     with lock(tmp_path):
       assert locks.taken(tmp_path / 'lock')
     assert os.listdir(tmp_path) == ['lock']
 
 
-def test_links_of_other_hosts_stay(tmp_path, links):
-  os.symlink('elsewhere:1', tmp_path / 'lock.held')
-  words = f'in use .*elsewhere:1.* ended, remove {tmp_path}/lock.held'
+def test_locks_of_other_hosts_stay(tmp_path, files):
+  (tmp_path / 'lock.held').write_text('1\nelsewhere\n1\n')
+  words = f'in use .* {tmp_path}/lock.held: remove that if it has ended'
   with pytest.raises(UserError, match=words):
     lock(tmp_path).__enter__()
   assert locks.taken(tmp_path / 'lock')

@@ -41,7 +41,7 @@ def new_folder(root: str | Path) -> Iterator[Path]:
       yield root
     finally:
       left = list(root.iterdir())
-      if made and {p.name.removesuffix(HELD) for p in left} == {LOCK}:
+      if made and {p.name.partition(HELD)[0] for p in left} == {LOCK}:
         for path in left:
           path.unlink()
         root.rmdir()

@@ -34,7 +34,7 @@ def check_folder(root: Path) -> None:
   # A run killed before its manifest leaves sequences and temporary files.
   names = {path.name for path in root.iterdir()} if root.is_dir() else {'.'}
   ours = {SEQUENCES, KEEP, LOCK}
-  names = {n.removesuffix(locks.HELD) for n in names}
+  names = {n.partition(locks.HELD)[0] for n in names}
   if any(n not in ours and not n.endswith('.tmp') for n in names):
     raise UserError(
       f'store.path: {root} is not an empty folder and holds no store: give '
