@@ -17,7 +17,6 @@ from sae_jax.errors import UserError
 from sae_jax.interop import llamascopium, npy, saelens
 from sae_jax.interop.importing import Options, import_rows
 from sae_jax.interop.source import Source, nearest
-from sae_jax.store import reader
 
 IMPORTERS = ('saelens', 'llamascopium', 'npy')
 
@@ -81,8 +80,6 @@ def main() -> None:
       f'{_STORE.value}: {manifest.rows:,} rows of {site.name}, {site.width} '
       f'numbers in {site.dtype}'
     )
-    if not reader.normalizer(str(_STORE.value), site.name).varies:
-      logging.warning('the rows of %s do not vary: no training', site.name)
 
 
 def open_source(importer: str, root: Path, names: dict[str, str]) -> Source:

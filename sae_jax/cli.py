@@ -8,7 +8,6 @@ import errno
 import logging as std_logging
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -54,32 +53,23 @@ def stop(error: BaseException | str) -> None:
   sys.exit(2)
 
 
-def usage(program: str, about: str) -> str:
-  """What a program is for, and its own flags: those of libraries are hundreds.
-
-  program: the name of its module, for absl; about: its docstring."""
-  ours = flags.FLAGS.flags_by_module_dict()
-  lines = [about]
-  for flag in ours[program] + ours.get('sae_jax.parallel.processes', []):
-    default = '' if flag.default in (None, '', []) else f' [{flag.default}]'
-    text = f'--{flag.name}: {flag.help}{default}'
-    lines += textwrap.wrap(text, 80, subsequent_indent='    ')
-    if flag.name == 'config':
-      lines.append(
-        '--config.KEY=VALUE: any key of it; their units are in '
-        'sae_jax/train/config.py\n    and sae_jax/harvest/config.py.'
-      )
-  return '\n'.join([*lines, '--helpfull: the flags of all libraries, too.'])
+def usage(program: str) -> str:
+  """The flags of a program (the name of its module), as they stand in it: those
+  that matter first. Those of libraries are hundreds."""
+  defined = flags.FLAGS.flags_by_module_dict()
+  ours = defined[program] + defined.get('sae_jax.parallel.processes', [])
+  lines = [f'--{f.name}: {f.help} [{f.default}]' for f in ours]
+  if 'config' in flags.FLAGS:
+    lines.append('--config.KEY=VALUE: any key of it, in sae_jax/*/config.py')
+  return '\n'.join([*lines, '--helpfull: the flags of all libraries, too'])
 
 
 def _whole(parser: flags.IntegerParser, argument: int | str) -> int:
-  """Takes 1e6 for an integer flag, and for such a key of a config."""
+  """Takes 1e6 for an integer: of a flag, and of a key of a config."""
   with contextlib.suppress(ValueError):
-    return _convert(parser, argument)
-  with contextlib.suppress(ValueError):
-    if (number := float(argument)).is_integer():
-      return int(number)
-  raise ValueError('must be a whole number')
+    if {'e', '.'} & {*str(argument).lower()} and float(argument).is_integer():
+      argument = int(float(argument))
+  return _convert(parser, argument)
 
 
 _convert = flags.IntegerParser.convert
@@ -89,7 +79,7 @@ flags.IntegerParser.convert = _whole
 def _parse(argv: Sequence[str]) -> list[str]:
   """Flag parsing that reports a bad flag or config key in one line."""
   if {'-h', '-help', '--help', '--helpshort'} & set(argv):
-    print(usage(argv[0], sys.modules['__main__'].__doc__ or ''))
+    print(f'{sys.modules["__main__"].__doc__}\n{usage(argv[0])}')
     sys.exit(0)
   try:
     rest = flags.FLAGS(list(argv))

@@ -9,11 +9,9 @@ Config: TypeAlias = Any
 _set = ConfigDict.__setitem__
 
 
-def _set_whole(self, key, value) -> None:
-  """Takes 1e6 for an integer, in config files, members and sweeps."""
-  if type(value) is float and value.is_integer():
-    value = int(value) if type(self.get(key)) is int else value
-  _set(self, key, value)
+def _set_whole(self, key, value):  # 1e6 may stand for an integer
+  whole = type(value) is float and value.is_integer()
+  _set(self, key, int(value) if whole and type(self.get(key)) is int else value)
 
 
 ConfigDict.__setitem__ = _set_whole

@@ -1,11 +1,10 @@
-"""Locks of files, which keep other processes away: the one place for them.
-
-They are flock's, which end with their process. Where a file system has no flock
+"""Locks of files: flock's, which end with their process. Where there is none
 SAE_JAX_LOCK=file in the environment of all programs takes files beside those
-instead, which name host and process. (POSIX locks would not do: Lustre and NFS
-lack them where they lack flock.)
+that name process and host. (Where Lustre and NFS lack flock they lack POSIX
+locks too.)
 """
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -29,17 +28,14 @@ def take(path: Path, wait: bool = False) -> int:
   while True:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      _lock(path, descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-      # Renamed or deleted just now: try again.
-      if os.path.samestat(os.fstat(descriptor), path.stat()):
-        return descriptor
-    except FileNotFoundError:
-      pass
-    except BaseException:
-      release(descriptor)
-      raise
-    release(descriptor)
+    with contextlib.ExitStack() as undo:
+      undo.callback(release, descriptor)
+      _lock(path, descriptor, wait)
+      with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+          undo.pop_all()
+          return descriptor
+    # Renamed or deleted just now: try again.
 
 
 def release(descriptor: int) -> None:
@@ -52,43 +48,39 @@ def release(descriptor: int) -> None:
 def taken(path: Path) -> bool:
   """Whether a process has the file."""
   try:
-    descriptor = os.open(path, os.O_RDONLY)
-  except OSError:  # nobody has ever had it
-    return False
-  try:
-    _lock(path, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    if path.exists():
+      release(take(path))
   except BlockingIOError:
     return True
-  finally:
-    release(descriptor)
+  except OSError:  # where nothing can be written nobody does
+    pass
   return False
 
 
-def _lock(path: Path, descriptor: int, how: int) -> None:
+def _lock(path: Path, descriptor: int, wait: bool) -> None:
   if os.environ.get('SAE_JAX_LOCK') == 'file':
-    return _lock_by_file(f'{path}{HELD}', descriptor, bool(how & fcntl.LOCK_NB))
+    return _lock_by_file(f'{path}{HELD}', descriptor, wait)
   try:
-    fcntl.flock(descriptor, how)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
   except BlockingIOError:
     raise BlockingIOError(0, '') from None
   except OSError as error:
     raise UserError(
-      f'{path}: no locks on this file system (flock: {error.strerror}): set '
-      'SAE_JAX_LOCK=file for all programs that use the folder (lock files), or '
-      'take another one'
+      f'{path}: no flock on this file system ({error.strerror}): set SAE_JAX_'
+      'LOCK=file for all programs that use the folder, or take another one'
     ) from None
 
 
-def _lock_by_file(name: str, descriptor: int, at_once: bool) -> None:
-  # It takes over what a process of this host has left that has ended.
+def _lock_by_file(name: str, descriptor: int, wait: bool) -> None:
   from filelock import SoftFileLock, Timeout  # 40 ms
 
+  # What a process of this host has left that has ended is taken over.
   lock = SoftFileLock(name, thread_local=False)
   try:
     lock.acquire(timeout=0.2)
   except Timeout:
     said = f' (its host and number are in {name}: remove that if it has ended)'
-    if at_once:
+    if not wait:
       raise BlockingIOError(0, said) from None
     logging.info('waiting for another process%s', said)
     lock.acquire()

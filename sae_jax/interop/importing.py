@@ -20,7 +20,6 @@ from sae_jax.interop.source import (
   Piece,
   Source,
   bar,
-  check_finite,
   identity,
   progress,
   shuffled,
@@ -44,6 +43,7 @@ from sae_jax.store.plan import (
   plan,
 )
 from sae_jax.store.sequences import Spool, spool
+from sae_jax.store.shard import NotFinite
 from sae_jax.store.statistics import Moments, merge_all, moments
 from sae_jax.store.writer import StoreWriter, open_writer
 
@@ -86,9 +86,19 @@ def import_rows(
   with new_folder(root) as folder:
     if not existing(folder, config, text, model(source, options)):
       make_plan(folder, source, options, numbers, config, text)
-  with open_writer(root) as writer:
-    fill(writer, source)
-    return writer.finish()
+  try:
+    with open_writer(root) as writer:
+      fill(writer, source)
+      return writer.finish()
+  except NotFinite as error:
+    site, sequence, position = error.place
+    numbered = reversed([*_numbered(source.pieces)])
+    piece, first = next((p, n) for p, n in numbered if n <= sequence)
+    where = source.where(site, piece, sequence - first, position)
+    raise UserError(
+      f'source: {where} holds NaN or infinity (shard {error.shard} of the '
+      'store): leave that row out, or compute it again'
+    ) from None
 
 
 def check_options(options: Options, source: Source) -> None:
@@ -276,10 +286,9 @@ def sample_moments(
     few = np.zeros(keep.size, bool)
     few[where[:: max(1, len(where) * count // _SAMPLE)]] = True
     values = source.rows(site, pieces[i], few.reshape(keep.shape))
-    values = values.astype(np.float32)
-    if (good := np.isfinite(values).all(1)).any():  # `fill` names the others
-      found.append(moments(values[good]))
-  return merge_all(found or [moments(np.zeros((1, source.widths[site])))])
+    # What is not finite is named when its shard is full.
+    found.append(moments(np.nan_to_num(values.astype(np.float32))))
+  return merge_all(found)
 
 
 def model(source: Source, options: Options) -> dict[str, Any]:
@@ -321,7 +330,6 @@ def fill(writer: StoreWriter, source: Source) -> None:
         )
         for site in m.sites
       }
-      check_finite(source, piece, keep, picked, rows.start, m.rows_per_shard)
       shown.update(writer.write(rows.start, picked))
 
 

@@ -87,27 +87,6 @@ def shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
   return mixed, np.array(numbers, np.int64)[order]
 
 
-def check_finite(
-  source: Source,
-  piece: Piece,
-  keep: np.ndarray,
-  rows: Mapping[str, np.ndarray],
-  first: int,
-  rows_per_shard: int,
-) -> None:
-  """UserError naming a row of a piece that holds NaN or infinity; rows: by
-  site, in the store's type; first: the number of the first."""
-  for site, values in rows.items():
-    if (bad := ~np.isfinite(values).all(1)).any():
-      row = int(bad.argmax())
-      i, p = map(int, np.argwhere(keep)[row])
-      raise UserError(
-        f'source: {source.where(site, piece, i, p)} holds NaN or infinity as '
-        f'{values.dtype} (shard {(first + row) // rows_per_shard} of the '
-        'store): leave the row out, or compute it again'
-      )
-
-
 def alone(ids: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Tokens [n] of rows without a context -> ids and keep [n, 2]: position 1
   of a sequence of two, as in `write_arrays`; position 0 is token 0."""

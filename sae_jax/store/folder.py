@@ -4,7 +4,6 @@ Another harvest's store, somebody's own files, a second writer, a full disk.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from absl import logging
 
-from sae_jax import locks
+from sae_jax import cli, locks
 from sae_jax.errors import UserError
 from sae_jax.store.manifest import (
   FILE,
@@ -67,10 +66,7 @@ def disk_errors_are_users(root: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno not in (
-      errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
-      errno.ENOTDIR,
-    ):  # fmt: skip
+    if not cli.mistake_of(error):
       raise
     raise UserError(
       f'store.path: cannot write in {root} ({error.strerror}): make room or '

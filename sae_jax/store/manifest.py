@@ -40,12 +40,6 @@ class Normalizer(NamedTuple):
   mean_squared_norm_centred: float
   mean_squared_norm_raw: float
 
-  @property
-  def varies(self) -> bool:
-    """False: rows are alike, as far as float32 can tell."""
-    least = self.mean_squared_norm_raw * float(np.finfo(np.float32).eps) ** 2
-    return self.mean_squared_norm_centred > least
-
 
 @dataclasses.dataclass(frozen=True)
 class Site:

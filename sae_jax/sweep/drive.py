@@ -150,7 +150,7 @@ def gone(s: Study) -> set[str]:
 def plan(s: Study, machine: Callable[[], Machine], most: int) -> None:
   """Puts points that are in no job yet into jobs; those that searches ask for
   when their trials have ended among them."""
-  with study.locked(s.folder):
+  with study.claim(s.folder, wait=True):
     planned = {spec.id for job in study.jobs(s) for spec in job.specs}
     waiting, stands = {}, {}
     for entry, found in unplanned(s):

@@ -77,7 +77,7 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
     'stands': {},
   }
   study = Study(root, base, entries)
-  with locked(root):
+  with claim(root, wait=True):  # of those that plan one at a time
     if path.exists():
       old = read_study(root)
       trained = {
@@ -161,13 +161,6 @@ def entries(study: Study) -> list[Entry]:
 def grid_ids(record: dict[str, Any]) -> set[str]:
   """Of study.json: what stands for the points of its grid."""
   return {record['stands'].get(id, [id])[0] for id in record['grid']}
-
-
-@contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-  """Keeps other programs from planning; waits for them."""
-  with claim(root, wait=True):
-    yield
 
 
 @contextlib.contextmanager

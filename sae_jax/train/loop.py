@@ -33,7 +33,6 @@ from sae_jax.train.members import Job, States, initial, make_job, members_of
 from sae_jax.train.progress import Progress
 from sae_jax.train.rows import (
   Ahead,
-  check_varies,
   held_out_rows,
   next_batch,
   open_source,
@@ -70,7 +69,6 @@ def train(config: Config, run_dir: str) -> States:
   # Of a store that is still being written held-out and normaliser shards must
   # be there; whatever can be refused without them has been.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
-  processes.agreed(lambda: check_varies(source))
   warn_of_size(config, source)
   with jax.set_mesh(mesh):
     held_out = processes.agreed(lambda: held_out_rows(config))
@@ -280,6 +278,11 @@ def restore_or_init(
     logging.info('going on from step %d (%d rows)', step, rows)
     return states, step, records
   mean, centred, raw = reader.normalizer(source.root, source.site.name)
+  if centred <= raw * float(np.finfo(np.float32).eps) ** 2:
+    raise UserError(
+      f'config.store.path: the rows of {source.site.name} in {source.root} '
+      '(normaliser shards) do not vary: make the store again from other rows'
+    )
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
   mean, scale = np.asarray(mean, np.float32), np.float32(math.sqrt(centred))

@@ -57,16 +57,6 @@ def open_source(
   return source
 
 
-def check_varies(source: BatchSource) -> None:
-  """UserError for rows that are all alike: there is nothing to divide by."""
-  if not reader.normalizer(source.root, source.site.name).varies:
-    raise UserError(
-      f'config.store.path: the rows of {source.site.name} in the normaliser '
-      f'shards of {source.root} do not vary, nothing can be learned from them: '
-      'make the store again from other rows'
-    )
-
-
 def warn_of_size(config: Config, source: BatchSource) -> None:
   """One line when rows are large for products in bfloat16.
 
