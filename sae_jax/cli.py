@@ -58,10 +58,10 @@ def usage(program: str) -> str:
   that matter first. Those of libraries are hundreds."""
   defined = flags.FLAGS.flags_by_module_dict()
   ours = defined[program] + defined.get('sae_jax.parallel.processes', [])
-  lines = [f'--{f.name}: {f.help} [{f.default}]' for f in ours]
+  lines = [f'--{f.name}={f.default or ""}  {f.help}' for f in ours]
   if 'config' in flags.FLAGS:
-    lines.append('--config.KEY=VALUE: any key of it, in sae_jax/*/config.py')
-  return '\n'.join([*lines, '--helpfull: the flags of all libraries, too'])
+    lines.append('--config.KEY=VALUE  any key of it, as in sae_jax/*/config.py')
+  return '\n'.join([*lines, '--helpfull  the flags of all libraries, too'])
 
 
 def _whole(parser: flags.IntegerParser, argument: int | str) -> int:

@@ -30,7 +30,7 @@ def take(path: Path, wait: bool = False) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     with contextlib.ExitStack() as undo:
       undo.callback(release, descriptor)
-      _lock(path, descriptor, wait)
+      _lock(path, descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
       with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), path.stat()):
           undo.pop_all()
@@ -48,20 +48,23 @@ def release(descriptor: int) -> None:
 def taken(path: Path) -> bool:
   """Whether a process has the file."""
   try:
-    if path.exists():
-      release(take(path))
+    descriptor = os.open(path, os.O_RDONLY)
+  except OSError:  # nobody has ever had it
+    return False
+  try:
+    _lock(path, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except BlockingIOError:
     return True
-  except OSError:  # where nothing can be written nobody does
-    pass
+  finally:
+    release(descriptor)
   return False
 
 
-def _lock(path: Path, descriptor: int, wait: bool) -> None:
+def _lock(path: Path, descriptor: int, how: int) -> None:
   if os.environ.get('SAE_JAX_LOCK') == 'file':
-    return _lock_by_file(f'{path}{HELD}', descriptor, wait)
+    return _lock_by_file(f'{path}{HELD}', descriptor, how)
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    fcntl.flock(descriptor, how)
   except BlockingIOError:
     raise BlockingIOError(0, '') from None
   except OSError as error:
@@ -71,7 +74,7 @@ def _lock(path: Path, descriptor: int, wait: bool) -> None:
     ) from None
 
 
-def _lock_by_file(name: str, descriptor: int, wait: bool) -> None:
+def _lock_by_file(name: str, descriptor: int, how: int) -> None:
   from filelock import SoftFileLock, Timeout  # 40 ms
 
   # What a process of this host has left that has ended is taken over.
@@ -80,7 +83,7 @@ def _lock_by_file(name: str, descriptor: int, wait: bool) -> None:
     lock.acquire(timeout=0.2)
   except Timeout:
     said = f' (its host and number are in {name}: remove that if it has ended)'
-    if not wait:
+    if how & fcntl.LOCK_NB:
       raise BlockingIOError(0, said) from None
     logging.info('waiting for another process%s', said)
     lock.acquire()

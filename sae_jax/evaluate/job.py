@@ -89,11 +89,11 @@ def evaluate(
   read_config(run_dir)  # there is a run
   place = Path(out).expanduser() if out else run_dir
   try:
-    write_atomic(place / 'probe', '')  # before the work
-    (place / 'probe').unlink()
+    write_atomic(place / 'evaluation.probe', '')  # before the work
+    (place / 'evaluation.probe').unlink()
   except OSError as error:
     raise UserError(
-      f'{place}: cannot be written ({error.strerror}): give another --out=DIR'
+      f'{place}: no file can be written ({error.strerror}): give --out=DIR'
     ) from None
   seconds: dict[str, float] = {}
   with _timed(seconds, 'total'):
