@@ -11,8 +11,9 @@ import pytest
 
 from sae_jax import locks
 from sae_jax.errors import UserError
-from sae_jax.store.create import write_arrays
-from sae_jax.store.folder import claim
+from sae_jax.store.create import new_folder, write_arrays
+from sae_jax.store.folder import check_folder, claim, locked
+from sae_jax.store.verify import verify
 from sae_jax.sweep import study
 from sae_jax.train.run import lock
 
@@ -69,6 +70,16 @@ def test_a_store_is_written_under_lock_files_and_none_is_left(tmp_path, files):
   )
   assert (tmp_path / 's/manifest.json').exists()
   assert not list(tmp_path.rglob('*.held'))
+  with locked(tmp_path / 's'):  # its lock file is no stray
+    assert (tmp_path / 's/lock.held').exists()
+    assert not verify(tmp_path / 's')[0].warnings
+
+
+def test_a_folder_without_a_plan_is_gone(tmp_path, files):
+  with pytest.raises(KeyError), new_folder(tmp_path / 's') as folder:
+    check_folder(folder)  # as another task does meanwhile
+    raise KeyError
+  assert not (tmp_path / 's').exists()
 
 
 def test_what_killed_processes_have_left_is_taken_over(tmp_path, files):
