@@ -64,12 +64,12 @@ def usage(program: str) -> str:
   return '\n'.join([*lines, '--helpfull  the flags of all libraries, too'])
 
 
-def _whole(parser: flags.IntegerParser, argument: int | str) -> int:
+def _whole(self: flags.IntegerParser, argument: int | str) -> int:
   """Takes 1e6 for an integer: of a flag, and of a key of a config."""
   with contextlib.suppress(ValueError):
     if {'e', '.'} & {*str(argument).lower()} and float(argument).is_integer():
       argument = int(float(argument))
-  return _convert(parser, argument)
+  return _convert(self, argument)
 
 
 _convert = flags.IntegerParser.convert
