@@ -70,6 +70,7 @@ setup(
     'ml_dtypes>=0.5',  # bfloat16 for numpy: rows on disk
     'xxhash>=3.4,<5',  # checks every block read at 10 GB/s; crc32 does 1
     'tensorboardX>=2.6,<3',  # TensorBoard files without TensorFlow
+    'filelock>=4.0,<5',  # locks without flock; huggingface_hub brings it
     'tqdm>=4.66,<5',  # progress bars
     'tokenizers>=0.22,<0.24',  # text to token ids
     # Tokenizers and config.json of Hugging Face models (no torch needed for

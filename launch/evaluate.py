@@ -1,12 +1,13 @@
 """Evaluates a training run and writes its report.
 
 python launch/evaluate.py --workdir=runs/a
-Leaves evaluation.json and report.html in the folder of the run.
+Leaves evaluation.json and report.html in the folder of the run, or in --out.
 """
 
 from absl import flags
 
 from sae_jax import cli
+from sae_jax.errors import UserError
 from sae_jax.evaluate import figures
 from sae_jax.evaluate.job import evaluate
 from sae_jax.lm.subject import load_subject
@@ -27,9 +28,14 @@ _MODEL_PATH = flags.DEFINE_string(
 _STORE_PATH = flags.DEFINE_string(
   'store_path', '', "The store's folder, if it has moved."
 )
+_OUT = flags.DEFINE_string(
+  'out', '', 'Folder for the two files, where that of the run is read-only.'
+)
 
 
 def main() -> None:
+  if _OUT.value and len(_WORKDIR.value) > 1:
+    raise UserError('--out: for one --workdir only')
   # The language model is read once for all of them.
   load = None if len(_WORKDIR.value) < 2 else kept(load_subject)
   for workdir in _WORKDIR.value:
@@ -42,9 +48,10 @@ def main() -> None:
       model_path=_MODEL_PATH.value,
       store_path=_STORE_PATH.value,
       load=load,
+      out=_OUT.value,
     )
     print(figures.text_table(result['figures']))
-    print(f'\nreport: {workdir}/report.html')
+    print(f'\nreport: {_OUT.value or workdir}/report.html')
 
 
 def kept(load):

@@ -3,6 +3,7 @@
 Bad input ends with one line on stderr and exit code 2, without a traceback.
 """
 
+import contextlib
 import errno
 import logging as std_logging
 import re
@@ -52,8 +53,34 @@ def stop(error: BaseException | str) -> None:
   sys.exit(2)
 
 
+def usage(program: str) -> str:
+  """The flags of a program (the name of its module), as they stand in it: those
+  that matter first. Those of libraries are hundreds."""
+  defined = flags.FLAGS.flags_by_module_dict()
+  ours = defined[program] + defined.get('sae_jax.parallel.processes', [])
+  lines = [f'--{f.name}={f.default or ""}  {f.help}' for f in ours]
+  if 'config' in flags.FLAGS:
+    lines.append('--config.KEY=VALUE  any key of it, as in sae_jax/*/config.py')
+  return '\n'.join([*lines, '--helpfull  the flags of all libraries, too'])
+
+
+def _whole(self: flags.IntegerParser, argument: int | str) -> int:
+  """Takes 1e6 for an integer: of a flag, and of a key of a config."""
+  with contextlib.suppress(ValueError):
+    if {'e', '.'} & {*str(argument).lower()} and float(argument).is_integer():
+      argument = int(float(argument))
+  return _convert(self, argument)
+
+
+_convert = flags.IntegerParser.convert
+flags.IntegerParser.convert = _whole
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   """Flag parsing that reports a bad flag or config key in one line."""
+  if {'-h', '-help', '--help', '--helpshort'} & set(argv):
+    print(f'{sys.modules["__main__"].__doc__}\n{usage(argv[0])}')
+    sys.exit(0)
   try:
     rest = flags.FLAGS(list(argv))
     for name in flags.FLAGS:  # a config file that failed to load says so late

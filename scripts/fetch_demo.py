@@ -7,7 +7,6 @@ from the package index that pip uses. What is there already is checked and used.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_jax import cli
+from sae_jax import cli, locks
 from sae_jax.errors import UserError
 from sae_jax.paths import cache_dir
 
@@ -100,13 +99,14 @@ def fetch(asset: Asset, folder: str) -> Path:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
   """A scratch folder inside `folder`, for one process at a time."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / '.lock', 'w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  lock = locks.take(folder / '.lock', wait=True)
+  try:
     for left in folder.glob('fetch-*.tmp'):  # of a killed process
       shutil.rmtree(left)
     with tempfile.TemporaryDirectory('.tmp', 'fetch-', folder) as scratch:
       yield Path(scratch)
+  finally:
+    locks.release(lock)
 
 
 def _download(asset: Asset, scratch: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -15,9 +16,11 @@ def program(path):
   spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
   module = importlib.util.module_from_spec(spec)
   before = set(flags.FLAGS)
+  sys.modules[spec.name] = module  # so that absl knows whose flags they are
   try:
     spec.loader.exec_module(module)
     yield module
   finally:
+    del sys.modules[spec.name]
     for name in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, name)

@@ -26,6 +26,7 @@ from sae_jax.evaluate.splice import Splice, splice_loss
 from sae_jax.lm.model import check_head
 from sae_jax.lm.subject import Subject, load_subject, weights_sha256
 from sae_jax.models.sae import SAE
+from sae_jax.paths import write_atomic
 from sae_jax.store import reader
 from sae_jax.store.manifest import (
   Manifest,
@@ -61,11 +62,13 @@ def evaluate(
   model_path: str = '',
   store_path: str = '',
   load: Callable[[Config], Subject] | None = None,
+  out: str = '',
 ) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run; returns evaluation.json.
 
   Args:
-    run_dir: folder of a training run; the two files are written there.
+    run_dir: folder of a training run.
+    out: folder for the two files, if not that of the run.
     rows: at most so many held-out rows, in file order (random in a shard).
     sequences: at most so many held-out sequences for the language model.
     contexts: features shown in the report.
@@ -84,6 +87,15 @@ def evaluate(
       raise UserError(f'--{name}={value}: must be at least 1')
   if contexts < 0:
     raise UserError(f'--contexts={contexts}: must not be negative')
+  read_config(run_dir)  # there is a run
+  place = Path(out).expanduser() if out else run_dir
+  try:
+    write_atomic(place / 'evaluation.probe', '')  # before the work
+    (place / 'evaluation.probe').unlink()
+  except OSError as error:
+    raise UserError(
+      f'{place}: no file can be written ({error.strerror}): give --out=DIR'
+    ) from None
   seconds: dict[str, float] = {}
   with _timed(seconds, 'total'):
     with _timed(seconds, 'load'):
@@ -108,7 +120,7 @@ def evaluate(
         rows=limit, width=width, latents=contexts,
       )  # fmt: skip
   result = record(run, rebuilt, spliced, seconds)
-  report.write(run_dir, result, features, tokenizer)
+  report.write(run_dir, result, features, tokenizer, place)
   return result
 
 

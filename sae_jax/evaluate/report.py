@@ -88,8 +88,9 @@ def write(
   result: dict[str, Any],
   features: Sequence[LatentContexts],
   tokenizer: Tokenizer | None,
+  out: Path,
 ) -> Path:
-  """Writes evaluation.json and report.html into a run folder; their paths.
+  """Writes evaluation.json and report.html of a run into `out`; their paths.
 
   `result` is what `job.evaluate` documents. Without a tokenizer the contexts
   show token ids. Raises UserError when metrics.jsonl is damaged.
@@ -97,10 +98,10 @@ def write(
   metrics = read_metrics(run_dir)
   page = render(result, metrics, features, tokenizer)
   write_atomic(
-    Path(run_dir) / 'evaluation.json',
+    out / 'evaluation.json',
     json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + '\n',
   )
-  path = Path(run_dir) / 'report.html'
+  path = out / 'report.html'
   write_atomic(path, page)
   return path
 

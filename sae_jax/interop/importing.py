@@ -43,6 +43,7 @@ from sae_jax.store.plan import (
   plan,
 )
 from sae_jax.store.sequences import Spool, spool
+from sae_jax.store.shard import NotFinite
 from sae_jax.store.statistics import Moments, merge_all, moments
 from sae_jax.store.writer import StoreWriter, open_writer
 
@@ -85,9 +86,19 @@ def import_rows(
   with new_folder(root) as folder:
     if not existing(folder, config, text, model(source, options)):
       make_plan(folder, source, options, numbers, config, text)
-  with open_writer(root) as writer:
-    fill(writer, source)
-    return writer.finish()
+  try:
+    with open_writer(root) as writer:
+      fill(writer, source)
+      return writer.finish()
+  except NotFinite as error:
+    site, sequence, position = error.place
+    numbered = reversed([*_numbered(source.pieces)])
+    piece, first = next((p, n) for p, n in numbered if n <= sequence)
+    where = source.where(site, piece, sequence - first, position)
+    raise UserError(
+      f'source: {where} holds NaN or infinity (shard {error.shard} of the '
+      'store): leave that row out, or compute it again'
+    ) from None
 
 
 def check_options(options: Options, source: Source) -> None:
@@ -236,9 +247,11 @@ def kept_tokens(
   keep[:, : options.skip_first] = False
   bad = keep & ((ids < 0) | (ids > np.iinfo(np.int32).max))
   if bad.any():
+    i, p = map(int, np.argwhere(bad)[0])
+    place = source.where(next(iter(source.hooks)), piece, i, p)
     raise UserError(
-      f'source: token id {ids[bad][0]} in {source.root}, which is none: if it '
-      'is padding give it in skip_tokens'
+      f'source: {place}: token id {ids[i, p]}, which is none: if it is padding '
+      'give it in skip_tokens'
     )
   return np.where(keep, ids, ids.clip(0)).astype(np.int32), keep
 
@@ -273,7 +286,8 @@ def sample_moments(
     few = np.zeros(keep.size, bool)
     few[where[:: max(1, len(where) * count // _SAMPLE)]] = True
     values = source.rows(site, pieces[i], few.reshape(keep.shape))
-    found.append(moments(values.astype(np.float32)))
+    # What is not finite is named when its shard is full.
+    found.append(moments(np.nan_to_num(values.astype(np.float32))))
   return merge_all(found)
 
 

@@ -85,6 +85,10 @@ def open_source(root: Path, sites: Mapping[str, str]) -> Source:
       return values[keep[:, 1]]
     return values[keep[:, : chunk.shape[1]]]
 
+  def where(site: str, piece: Piece, i: int, p: int) -> str:
+    row = f'row {piece.begin + i}' + f', token {p}' * context
+    return f'{chunks[site][piece.file].path}: {row}'
+
   widest = max(c.width * c.dtype.itemsize for (c, *_) in chunks.values())
   counts = [chunk.shape[0] for chunk in chunks[first]]
   return Source(
@@ -98,6 +102,7 @@ def open_source(root: Path, sites: Mapping[str, str]) -> Source:
     pieces=cut(counts, widest * (length if context else 1)),
     tokens=tokens,
     rows=rows,
+    where=where,
     model=said(chunks[first][0].path),
     notes={
       'masked_by_source': 'by `mask`' if chunks[first][0].masked else 'nothing'

@@ -74,6 +74,13 @@ def open_source(
     index = index[keep[sequence - piece.begin, position]]
     return gather(maps[site], starts[site], index)
 
+  def where(site: str, piece: Piece, i: int, p: int) -> str:
+    sequence, position, _, index = layout.places(piece)
+    here = (sequence == piece.begin + i) & (position == p)
+    row = int(index[here][0])
+    file = int(np.searchsorted(starts[site], row, side='right')) - 1
+    return f'{names[site][file]}: row {row - starts[site][file]}'
+
   widest = max(m[0].shape[1] * m[0].itemsize for m in maps.values())
   each = -(-total // layout.sequences) * widest
   beside = [] if values is None else [path]
@@ -88,6 +95,7 @@ def open_source(
     pieces=cut([layout.sequences], each),
     tokens=ids,
     rows=rows,
+    where=where,
     model={},
     notes={'masked_by_source': 'nothing'}
     | ({'token_ids': 'unknown, all 0'} if values is None else {}),
@@ -143,8 +151,10 @@ def make_layout(
 def _listed(path: Path, tokens: np.ndarray) -> Layout:
   """The layout of tokens [n, 3]; holds 8 to 16 bytes a row in memory."""
   sequence, position = (np.array(tokens[:, i], np.int64) for i in (0, 1))
-  if min(sequence.min(), position.min()) < 0:
-    raise UserError(f'source: {path}: a negative sequence or position')
+  if (low := np.minimum(sequence, position)).min() < 0:
+    raise UserError(
+      f'source: {path}: row {low.argmin()}: a negative sequence or position'
+    )
   length, count = int(position.max()) + 1, int(sequence.max()) + 1
   if count > 16 * len(tokens):
     raise UserError(
@@ -160,7 +170,8 @@ def _listed(path: Path, tokens: np.ndarray) -> Layout:
     if len(same := np.flatnonzero(key[1:] == key[:-1])):
       a, b = divmod(int(key[same[0]]), length)
       raise UserError(
-        f'source: {path}: two rows for sequence {a}, position {b}: give one'
+        f'source: {path}: rows {order[same[0]]} and {order[same[0] + 1]} are '
+        f'both of sequence {a}, position {b}: give one'
       )
 
   def places(piece: Piece) -> tuple[np.ndarray, ...]:

@@ -84,6 +84,9 @@ def open_source(
     pieces=cut([len(data)], length * widest),
     tokens=ids,
     rows=rows,
+    where=lambda site, piece, i, p: (
+      f'{root}: {chosen[site]!r} of sequence {piece.begin + i}, token {p}'
+    ),
     model=said(root),
     notes={'masked_by_source': 'nothing'}
     | ({} if tokens else {'token_ids': 'unknown, all 0'}),
@@ -169,8 +172,8 @@ def _column(root: Path, data: Any, name: str, piece: Piece) -> Any:
     raise UserError(f'source: {root}: damaged: {_line(error)}') from error
   if column.null_count:
     raise UserError(
-      f'source: {root}: {name!r} is empty in one of the sequences '
-      f'{piece.begin} to {piece.end}'
+      f'source: {root}: {name!r} is empty in sequence '
+      f'{piece.begin + column.is_null().index(True).as_py()}'
     )
   return column
 

@@ -37,7 +37,8 @@ class Source(NamedTuple):
   context: whether rows have neighbours, or are shuffled and stand alone.
   tokens(piece) gives ids [q, T] and which of them may have a row, bool [q, T];
   rows(site, piece, keep) the rows [n, width] of the n tokens of `keep`, in
-  order. model, notes: what the source says of the model and of itself.
+  order; where(site, piece, i, p), for messages, the place of token p of its
+  i-th sequence. model, notes: what the source says of the model and of itself.
   """
 
   root: Path
@@ -50,6 +51,7 @@ class Source(NamedTuple):
   pieces: list[Piece]
   tokens: Callable[[Piece], tuple[np.ndarray, np.ndarray]]
   rows: Callable[[str, Piece, np.ndarray], np.ndarray]
+  where: Callable[[str, Piece, int, int], str]
   model: dict[str, Any]
   notes: dict[str, Any]
 

@@ -4,6 +4,8 @@ Raw units (the model's activations) outside, normalised units inside; letters
 and layout as in docs/design.md: one latent is one row of W_enc and of W_dec.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -72,13 +74,14 @@ class SAE(struct.PyTreeNode):
     ]
     return list(sum_latents(jnp.stack(parts)))
 
-  def encode(self, x: jax.Array) -> jax.Array:
-    """Latents [..., F] of rows x [..., D]; raw units both."""
-    return self.norm_in.scale * self.act(self.pre(self.norm_in(x)))
+  def encode(self, x: Any) -> jax.Array:
+    """Latents [..., F] of rows x [..., D]; raw units both. See `as_array`."""
+    return self.norm_in.scale * self.act(self.pre(self.norm_in(as_array(x))))
 
-  def decode(self, f: jax.Array) -> jax.Array:
+  def decode(self, f: Any) -> jax.Array:
     """Reconstruction [..., E] of latents f [..., F]; raw units both."""
-    return self.norm_out.undo(self.reconstruct(f / self.norm_in.scale))
+    f = as_array(f) / self.norm_in.scale
+    return self.norm_out.undo(self.reconstruct(f))
 
   def fold(self) -> 'SAE':
     """The same encode and decode with identity normalisers and no pre-bias.
@@ -100,6 +103,14 @@ class SAE(struct.PyTreeNode):
       norm_out=identity_norm(self.b_dec.shape[0], self.b_dec.dtype),
       pre_bias=False,
     )
+
+
+def as_array(x: Any) -> jax.Array:
+  """An array of JAX's, of any other or of a torch tensor, which comes through
+  this host's memory in float32; no gradient goes back to it."""
+  if hasattr(x, 'detach'):  # numpy knows neither its bfloat16 nor its devices
+    x = x.detach().cpu().float().numpy()
+  return jnp.asarray(x)
 
 
 def init(

@@ -56,17 +56,6 @@ def make_mesh(
   return Mesh(array, names, axis_types=(AxisType.Explicit,) * len(names))
 
 
-def check_divides(what: str, size: int, axis: str, parts: int) -> None:
-  """Raises UserError unless a mesh axis divides a dimension."""
-  if size % parts:
-    lower = size // parts * parts
-    near = f'{lower} or {lower + parts}' if lower else f'{parts}'
-    raise UserError(
-      f'{what}={size} is not divisible by config.mesh.{axis}={parts}: '
-      f'use {near}, or another mesh'
-    )
-
-
 def spec(*axes: str | None) -> P | None:
   """P(*axes) under a mesh, None (wherever the data is) without one."""
   return None if jax.sharding.get_abstract_mesh().empty else P(*axes)

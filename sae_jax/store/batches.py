@@ -4,6 +4,7 @@ Every block is checked on read. Needs numpy; Grain for prefetching; not jax.
 """
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ class BatchSource:
   manifest's Site), batch_rows, parts, of, rows (of a batch that are read),
   rows_per_epoch. Raises UserError: no store, no such site, batch_rows that is
   not a multiple of rows_per_block x of, files missing or of a wrong size (with
-  `check_sizes`; else when they are read).
+  `check_sizes`; else when they are read). Values of batch_rows that it proposes
+  are multiples of `multiple_of`.
   """
 
   def __init__(
@@ -56,13 +58,14 @@ class BatchSource:
     parts: Sequence[int] = (0,),
     of: int = 1,
     check_sizes: bool = True,
+    multiple_of: int = 1,
   ):
     self.root = root = local_root(root)
     self.manifest = manifest = read_manifest(root, complete=False)
     self.site = manifest.site(site)
     self.batch_rows, self.seed = batch_rows, seed
     self.parts, self.of = sorted(parts), of
-    self._check(window)
+    self._check(window, multiple_of)
     self.rows = batch_rows // of * len(self.parts)
     self._window, self._closed = window, threading.Event()
     # Full blocks are numbered in file order: where each shard's begin, and
@@ -87,14 +90,15 @@ class BatchSource:
     if check_sizes:
       self._check_files()
 
-  def _check(self, window: int) -> None:
-    unit = self.manifest.rows_per_block * self.of
-    if self.batch_rows < 1 or self.batch_rows % unit:
+  def _check(self, window: int, multiple_of: int) -> None:
+    block = self.manifest.rows_per_block
+    if self.batch_rows < 1 or self.batch_rows % (block * self.of):
+      unit = math.lcm(block * self.of, multiple_of)
       below = self.batch_rows // unit * unit
-      values = [f'{v:,}' for v in (below, below + unit) if v > 0]
+      values = [str(v) for v in (below, below + unit) if v > 0]
       raise UserError(
         f"batch_rows: {self.batch_rows:,} is not a multiple of the store's "
-        f'block ({self.manifest.rows_per_block} rows) x {self.of} '
+        f'block ({block} rows) x {self.of} '
         f'data processes: use {" or ".join(values)}'
       )
     if window < 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from sae_jax.locks import HELD
 from sae_jax.store import quantise
 from sae_jax.store.folder import (
   LOCK,
@@ -33,14 +34,16 @@ def new_folder(root: str | Path) -> Iterator[Path]:
   root = local_root(root)
   check_folder(root)
   made = not root.exists()
-  with disk_errors_are_users(root), locked(root, 'plans the store', make=True):
+  with disk_errors_are_users(root), locked(root, 'plans the store'):
     try:
       for path in root.glob('*.tmp'):  # of a plan that was killed
         path.unlink()
       yield root
     finally:
-      if made and {path.name for path in root.iterdir()} == {LOCK}:
-        (root / LOCK).unlink()
+      left = list(root.iterdir())
+      if made and {p.name.partition(HELD)[0] for p in left} == {LOCK}:
+        for path in left:
+          path.unlink()
         root.rmdir()
 
 

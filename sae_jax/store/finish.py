@@ -38,6 +38,7 @@ def finalize(root: Path) -> Manifest:
 
   Raises UserError naming the shards that are not.
   """
+  read_manifest(root, complete=False)  # there is a store
   with locked(root):
     manifest = read_manifest(root, complete=False)
     if manifest.state == COMPLETE:

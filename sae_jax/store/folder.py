@@ -4,8 +4,6 @@ Another harvest's store, somebody's own files, a second writer, a full disk.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from absl import logging
 
+from sae_jax import cli, locks
 from sae_jax.errors import UserError
 from sae_jax.store.manifest import (
   FILE,
@@ -34,6 +33,7 @@ def check_folder(root: Path) -> None:
   # A run killed before its manifest leaves sequences and temporary files.
   names = {path.name for path in root.iterdir()} if root.is_dir() else {'.'}
   ours = {SEQUENCES, KEEP, LOCK}
+  names = {n.partition(locks.HELD)[0] for n in names}
   if any(n not in ours and not n.endswith('.tmp') for n in names):
     raise UserError(
       f'store.path: {root} is not an empty folder and holds no store: give '
@@ -66,10 +66,7 @@ def disk_errors_are_users(root: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno not in (
-      errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
-      errno.ENOTDIR,
-    ):  # fmt: skip
+    if not cli.mistake_of(error):
       raise
     raise UserError(
       f'store.path: cannot write in {root} ({error.strerror}): make room or '
@@ -78,61 +75,34 @@ def disk_errors_are_users(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(root: Path, why: str = '', make: bool = False) -> Iterator[None]:
-  """Holds the folder alone: to plan a store, remove a shard, end a harvest.
+def locked(root: Path, why: str = '') -> Iterator[None]:
+  """Holds the folder, made if need be, alone: to plan a store, remove a shard,
+  end a harvest.
 
-  Waits for whoever has it, and says `why` if that takes a while. make: makes
-  the folder, again if whoever had it gave it up. The lock is on a file in it,
-  since locks of folders do not reach other hosts over NFS.
+  Waits for whoever has it, and says `why` if that takes a while. The lock is on
+  a file in it, since locks of folders do not reach other hosts over NFS.
   """
   path = root / LOCK
-  while True:
-    if make:
-      root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      if not _try_lock(descriptor):
-        if why:
-          logging.info('store: %s: waiting for another task that %s', root, why)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-      if _still_at(path, descriptor):
-        yield
-        return
-    finally:
-      os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
+  if why and locks.taken(path):
+    logging.info('store: %s: waiting for another task that %s', root, why)
+  descriptor = locks.take(path, wait=True)
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return True
-  except BlockingIOError:
-    return False
-
-
-def _still_at(path: Path, descriptor: int) -> bool:
-  """Whether the open file still has its name, not renamed or deleted."""
-  try:
-    return os.path.samestat(os.fstat(descriptor), path.stat())
-  except FileNotFoundError:
-    return False
+    yield
+  finally:
+    locks.release(descriptor)
 
 
 def claim(path: Path) -> int:
-  """Makes or takes over a temporary file, alone, until its descriptor is
-  closed; UserError when another process has it."""
-  while True:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if not _try_lock(descriptor):
-      os.close(descriptor)
-      raise UserError(
-        f'store.path: another harvest is writing {path.name} in '
-        f'{path.parents[1]}: wait for it, or give the tasks of one store '
-        'different numbers (--config.task=0/2, --config.task=1/2)'
-      )
-    if _still_at(path, descriptor):
-      return descriptor
-    os.close(descriptor)  # renamed or deleted just now: try again
+  """Makes or takes over a temporary file, alone, until `locks.release` of its
+  descriptor; UserError when another process has it."""
+  try:
+    return locks.take(path)
+  except BlockingIOError as error:
+    raise UserError(
+      f'store.path: another harvest is writing {path.name} in '
+      f'{path.parents[1]}{error.strerror}: wait for it, or give the tasks of '
+      'one store different numbers (--config.task=0/2, --config.task=1/2)'
+    ) from None
 
 
 def allocate(path: Path, size: int) -> None:

@@ -237,7 +237,9 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_root(root: str | Path) -> Path:
-  """The store's folder; UserError for a bucket URL."""
+  """The store's folder; UserError for none, or a bucket URL."""
+  if not str(root):
+    raise UserError('config.store.path is empty: give the folder of a store')
   if '://' in str(root):
     raise UserError(
       f'store.path: {str(root)!r} is a URL: stores are read and written in '

@@ -170,7 +170,7 @@ def check_sizes(
     right = max(round(rows_per_shard / rows_per_block), 1) * rows_per_block
     raise UserError(
       f'store.rows_per_shard: {rows_per_shard:,} is not a multiple of '
-      f'store.rows_per_block {rows_per_block:,}: use {right:,}'
+      f'store.rows_per_block {rows_per_block:,}: use {right}'
     )
   if held_out_shards < 0:
     raise UserError(f'store.held_out_shards: {held_out_shards}; use 0 or more')

@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from sae_jax import locks
 from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
 from sae_jax.store import quantise
 from sae_jax.store.files import column_codes
 from sae_jax.store.manifest import (
+  TOKENS,
   FileEntry,
   Manifest,
   Site,
@@ -29,10 +31,23 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import block_checksums
 from sae_jax.store.records import Record, write_record
-from sae_jax.store.statistics import Moments, merge_next
+from sae_jax.store.statistics import merge_next
 
 PAGE = 4096  # what direct writes are aligned to
 _WRITE = 16 << 20  # bytes of one write
+
+
+class NotFinite(UserError):
+  """place: site, sequence and position of a row that is NaN or infinite."""
+
+  def __init__(self, site: str, full: 'FullShard', bad: np.ndarray):
+    sequence, position, token = map(int, full.rows[TOKENS][bad.argmax()])
+    self.place, self.shard = (site, sequence, position), full.shard
+    super().__init__(
+      f'{site}: the row of token {token} at position {position} of sequence '
+      f'{sequence} (shard {full.shard}) holds NaN or infinity: check the model '
+      'file, and compute in float32'
+    )
 
 
 class FullShard(NamedTuple):
@@ -81,7 +96,7 @@ def finish_shard(
       temporary(path).unlink(missing_ok=True)
     raise
   finally:
-    os.close(full.claim)
+    locks.release(full.claim)
 
 
 def temporary(path: Path) -> Path:
@@ -100,20 +115,15 @@ def _checksums(
       hashes.append(xxhash.xxh3_64_intdigest(raw.view(np.uint8).data))
       with np.errstate(invalid='ignore', over='ignore'):
         total = merge_next(total, rows)
-    record.moments[site.name] = _finite(total, site, full.shard)
+    if total is None or not np.isfinite(total.m2).all():
+      blocks = _blocks(site, full.rows, step)
+      bad = [~np.isfinite(rows).all(1) for _, rows in blocks]
+      raise NotFinite(site.name, full, np.concatenate(bad))
+    record.moments[site.name] = total
     sums[site_part(site.name)] = np.array(hashes, '<u8').tobytes()
   for part in full.rows.keys() - sums.keys():
     sums[part] = block_checksums(full.rows[part], step)
   return sums
-
-
-def _finite(total: Moments | None, site: Site, shard: int) -> Moments:
-  if total is None or not np.isfinite(total.m2).all():
-    raise UserError(
-      f'{site.name}: a row of shard {shard} holds NaN or infinity: '
-      'check the model file, and compute in float32'
-    )
-  return total
 
 
 def _blocks(

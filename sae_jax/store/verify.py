@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from sae_jax.errors import UserError
+from sae_jax.locks import HELD
 from sae_jax.store.audit import check_alignment, check_statistics
 from sae_jax.store.budget import FOLDER as TRAINERS
 from sae_jax.store.checks import (
@@ -187,12 +188,12 @@ def _strays(view: View) -> Iterator[str]:
   if m.state != COMPLETE and not view.unwritten and not view.cut:
     yield f'{view.root / FILE}: all shards are written, but it is not complete'
   for path in sorted(view.root.rglob('*')):
-    name = path.relative_to(view.root).as_posix()
+    name = path.relative_to(view.root).as_posix().removesuffix(HELD)
     if name in ours or name.startswith(f'{TRAINERS}/') or path.is_dir():
       continue
     if name == REPAIR:
       yield f'{path}: a repair was cut off, --repair goes on'
-    elif path.suffix != '.tmp':
+    elif not name.endswith('.tmp'):
       yield f'{path}: does not belong to the store'
     elif m.state == COMPLETE:
       yield f'{path}: half-written, of a task that was killed'

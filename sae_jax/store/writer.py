@@ -7,7 +7,6 @@ missing shard and ends with the same bytes. docs/store.md has the format.
 
 import contextlib
 import mmap
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax.errors import UserError
+from sae_jax import locks
 from sae_jax.memory import host_bytes
 from sae_jax.store import quantise
 from sae_jax.store.budget import await_room, delete_rows
@@ -167,13 +166,12 @@ class StoreWriter:
     if self._budget:
       await_room(self.root, self.manifest, shard, self._pause)
     path = temporary(self._path(TOKENS, shard))
-    path.parent.mkdir(parents=True, exist_ok=True)
     claimed, self._shard = claim(path), shard
     if shard not in missing_shards(
       self.root, read_manifest(self.root, complete=False), [shard]
     ):
       path.unlink()
-      os.close(claimed)
+      locks.release(claimed)
       self.missing.remove(shard)
       return False
     self._claim, self._placed = claimed, 0
@@ -254,7 +252,7 @@ class StoreWriter:
       for part in row_parts(self.manifest):
         path = temporary(self._path(part, self._shard))
         path.unlink(missing_ok=True)
-      os.close(self._claim)
+      locks.release(self._claim)
     self._claim = -1
     try:
       self._settle()
@@ -279,10 +277,4 @@ def open_writer(
 def is_claimed(root: Path, manifest: Manifest, shard: int) -> bool:
   """Whether some process is writing the shard now."""
   path = temporary(root / bin_path(TOKENS, shard, len(manifest.shards)))
-  if not path.exists():
-    return False
-  try:
-    os.close(claim(path))
-  except UserError:
-    return True
-  return False
+  return locks.taken(path)

@@ -19,13 +19,14 @@ from typing import Any
 
 from absl import logging
 
+from sae_jax import locks
 from sae_jax.errors import UserError
 from sae_jax.sweep import grid, packing, run_job, study
 from sae_jax.sweep.grid import Entry, Spec
 from sae_jax.sweep.machine import Machine
 from sae_jax.sweep.run_job import Running
 from sae_jax.sweep.study import Job, Study
-from sae_jax.train.run import lock
+from sae_jax.train.run import LOCK
 from sae_jax.train.stopping import stop_signals
 from sae_jax.train.writer import read_metrics
 
@@ -124,11 +125,7 @@ def machine_folder(s: Study) -> Path:
 
 def by_hand(job: Job) -> bool:
   """Whether launch/train.py is at work on a job without a claim."""
-  try:
-    with lock(job.folder):
-      return False
-  except UserError:
-    return True
+  return locks.taken(job.folder / LOCK)
 
 
 def forgiven(record: dict[str, Any], retried: set[str]) -> dict[str, Any]:
@@ -153,7 +150,7 @@ def gone(s: Study) -> set[str]:
 def plan(s: Study, machine: Callable[[], Machine], most: int) -> None:
   """Puts points that are in no job yet into jobs; those that searches ask for
   when their trials have ended among them."""
-  with study.locked(s.folder):
+  with study.claim(s.folder, wait=True):
     planned = {spec.id for job in study.jobs(s) for spec in job.specs}
     waiting, stands = {}, {}
     for entry, found in unplanned(s):

@@ -13,13 +13,12 @@ work on a study: whoever holds a job's lock runs it.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_jax import locks
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.paths import write_atomic
@@ -31,9 +30,9 @@ from sae_jax.train.config import base_config, plain_members
 from sae_jax.train.integrity import Damaged
 from sae_jax.train.run import (
   changed_keys,
-  open_lock,
   read_config,
   run_folder,
+  take_lock,
   write_config,
 )
 from sae_jax.train.state import steps_of
@@ -78,7 +77,7 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
     'stands': {},
   }
   study = Study(root, base, entries)
-  with locked(root):
+  with claim(root, wait=True):  # of those that plan one at a time
     if path.exists():
       old = read_study(root)
       trained = {
@@ -107,7 +106,7 @@ def open_study(folder: str, base: Config, entries: list[Entry]) -> Study:
         )
       for name in ('waiting', 'stands'):
         record[name] = {k: v for k, v in old[name].items() if k in ids}
-    elif any(p.name != 'claim' and p.suffix != '.tmp' for p in root.iterdir()):
+    elif any(p.stem != 'claim' and p.suffix != '.tmp' for p in root.iterdir()):
       raise UserError(
         f'--workdir={folder} is not empty and holds no study: take another '
         'folder'
@@ -165,46 +164,23 @@ def grid_ids(record: dict[str, Any]) -> set[str]:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-  """Keeps other programs from planning; waits for them."""
-  with claim(root, wait=True):
-    yield
-
-
-@contextlib.contextmanager
 def claim(folder: Path, wait: bool = False) -> Iterator[int | None]:
   """The lock of a job (or study) as a file descriptor, None while another has
   it. Whatever process inherits the descriptor has the lock too."""
-  descriptor = open_lock(folder, 'claim')
   try:
-    free = True
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      free = False
-    except OSError as error:
-      raise UserError(
-        f'--workdir={folder}: no locks on this file system ({error.strerror}): '
-        'take one that supports flock'
-      ) from None
-    yield descriptor if free else None
+    descriptor = take_lock(folder, 'claim', wait)
+  except BlockingIOError:
+    descriptor = None
+  try:
+    yield descriptor
   finally:
-    os.close(descriptor)
+    if descriptor is not None:
+      locks.release(descriptor)
 
 
 def is_taken(folder: Path) -> bool:
   """Whether somebody works on a job; writes nothing."""
-  try:
-    descriptor = os.open(folder / 'claim', os.O_RDONLY)
-  except OSError:  # nobody has ever claimed it
-    return False
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return False
-  except BlockingIOError:
-    return True
-  finally:
-    os.close(descriptor)
+  return locks.taken(folder / 'claim')
 
 
 def jobs(study: Study) -> list[Job]:

@@ -61,7 +61,7 @@ def to_slurm(
     more = shlex.split(options)
   except ValueError as error:
     raise UserError(f'--slurm={options}: {error}') from None
-  with study.locked(s.folder):  # of two submitters one looks at a time
+  with study.claim(s.folder, wait=True):  # of two one looks at a time
     queued = _queued(s)
     jobs = [job for job in jobs if job.id not in queued]
     if not jobs:

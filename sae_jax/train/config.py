@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.parallel.mesh import DATA, DICT, check_divides
 from sae_jax.parallel.select import MOST_SELECTED
 from sae_jax.train.keys import flatten, known, overrides_of, set_keys
 from sae_jax.train.step import SATURATED
@@ -285,19 +284,24 @@ def _validate_run(config: Config) -> None:
       f'config.loss.dead_rows={config.loss.dead_rows}: rows since a latent '
       f'fired are counted up to {SATURATED}'
     )
-  check_divides('config.sae.latents', F, DICT, config.mesh.dict)
-  check_divides('config.train.batch_rows', batch, DATA, config.mesh.data)
   parts, data = config.train.micro_batches, config.mesh.data
   if batch % (parts * data):
     raise UserError(
       f'config.train.batch_rows={batch} is not divisible by config.mesh.data='
-      f'{data} x config.train.micro_batches={parts}: change one of them'
+      f'{data} x config.train.micro_batches={parts}: give a multiple of '
+      f"{parts * data} and of the store's blocks, or another mesh"
     )
-  if config.mesh.zero1 and F % (data * config.mesh.dict):
+  unit, by = config.mesh.dict, f'config.mesh.dict={config.mesh.dict}'
+  if config.mesh.zero1:
+    unit, by = unit * data, f'{by} x config.mesh.data={data} (for zero1)'
+  if F % unit:
+    least = 1
+    if config.act.name != 'jumprelu':  # k and aux_k are at most F
+      least = max(config.act.k, config.loss.aux_coef and config.loss.aux_k)
+    near = [v for v in (F // unit * unit, -(-F // unit) * unit) if v >= least]
     raise UserError(
-      f'config.sae.latents={F} is not divisible by config.mesh.data={data} x '
-      f'config.mesh.dict={config.mesh.dict}, as config.mesh.zero1 asks: use '
-      'another mesh, or zero1=False'
+      f'config.sae.latents={F} is not divisible by {by}: use '
+      f'{" or ".join(map(str, near))}, or another mesh'
     )
 
 

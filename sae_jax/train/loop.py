@@ -281,6 +281,11 @@ def restore_or_init(
     logging.info('going on from step %d (%d rows)', step, rows)
     return states, step, records
   mean, centred, raw = reader.normalizer(source.root, source.site.name)
+  if not centred:  # sums of equal numbers are exact
+    raise UserError(
+      f'config.store.path: the rows of {source.site.name} in {source.root} '
+      '(normaliser shards) do not vary: make the store again from other rows'
+    )
   if not config.sae.center:
     mean, centred = np.zeros_like(mean), raw
   mean, scale = np.asarray(mean, np.float32), np.float32(math.sqrt(centred))

@@ -45,6 +45,7 @@ def open_source(
     c.path, c.site, batch, seed=stream_seed(config), window=c.window,
     parts=parts, of=of,
     check_sizes=config.train.on_bad_block == 'stop',
+    multiple_of=config.mesh.data * config.train.micro_batches,
   )  # fmt: skip
   if source.site.width != config.sae.d_in:
     raise UserError(

@@ -1,9 +1,7 @@
 """The run folder (--workdir): its config, its lock, and the SAE in it."""
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from absl import logging
 
+from sae_jax import locks
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.models.sae import SAE
@@ -20,6 +19,7 @@ from sae_jax.train.config import base_config
 from sae_jax.train.keys import flatten
 from sae_jax.train.state import State, abstract_state, final_sae
 
+LOCK = 'lock'  # a file, empty
 # Keys that may change between starts without asking: they alter neither the
 # arrays nor the trajectory.
 _FREE = (
@@ -85,26 +85,27 @@ def _check_change(folder: Path, old: dict, config: Config) -> None:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
   """Keeps a second trainer out of the folder, which is made if need be."""
-  descriptor = open_lock(folder, 'lock')
   try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f'--workdir={folder} is in use by another process: wait for it, or '
-        'give another folder'
-      ) from None
+    descriptor = take_lock(folder, LOCK)
+  except BlockingIOError as error:
+    raise UserError(
+      f'--workdir={folder} is in use by another process{error.strerror}: wait '
+      'for it, or give another folder'
+    ) from None
+  try:
     yield
   finally:
-    os.close(descriptor)
+    locks.release(descriptor)
 
 
-def open_lock(folder: Path, name: str) -> int:
-  """A file to lock in a folder, which is made if need be; its descriptor."""
+def take_lock(folder: Path, name: str, wait: bool = False) -> int:
+  """`locks.take` of a file in a folder, which is made if need be; UserError for
+  one that cannot be."""
   try:
-    folder.mkdir(parents=True, exist_ok=True)
     # A file: locks of folders do not reach other hosts over NFS.
-    return os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    return locks.take(folder / name, wait)
+  except BlockingIOError:
+    raise
   except OSError as error:
     raise UserError(
       f'--workdir={folder} cannot be used ({error.strerror}): give a folder '

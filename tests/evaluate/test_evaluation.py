@@ -1,6 +1,7 @@
 """A whole evaluation of a tiny run, and what it refuses."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -31,6 +32,30 @@ def written(run_dir):
   return {p.name for p in run_dir.iterdir()} - {
     'config.json', 'checkpoints', 'metrics.jsonl',
   }  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(
+  run_dir, tmp_path, monkeypatch
+):
+  def refuse(path, data):
+    raise OSError(errno.EROFS, 'Read-only file system')
+
+  monkeypatch.setattr(job, 'write_atomic', refuse)
+  monkeypatch.setattr(job, 'open_run', None)
+  with pytest.raises(UserError, match='Read-only .*: give --out=DIR'):
+    job.evaluate(run_dir)
+  monkeypatch.undo()
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='Not a directory'):
+    job.evaluate(run_dir, out=str(tmp_path / 'file/x'), language_model=False)
+  assert written(run_dir) == set()
+
+
+def test_the_files_of_another_folder(run_dir, tmp_path):
+  out = tmp_path / 'new' / 'out'
+  job.evaluate(run_dir, language_model=False, contexts=0, out=str(out))
+  assert written(run_dir) == set()
+  assert written(out) == {'evaluation.json', 'report.html'}
 
 
 def test_figures_are_those_of_the_held_out_split(run_dir, store, subject):

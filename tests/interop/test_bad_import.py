@@ -203,8 +203,8 @@ def test_npy_tokens(tmp_path):
   refuse('no file of tokens', tokens='/nowhere.npy')
   listed = np.stack([np.arange(240) // T, np.arange(240) % T, FLAT_IDS], 1)
   for change, words in (
-    ((5, 0, -1), ['negative']),
-    ((239, 1, 2), ['two rows for sequence 29, position 2']),
+    ((5, 0, -1), ['row 5', 'negative']),
+    ((239, 1, 2), ['rows 234 and 239 are both of sequence 29, position 2']),
     ((239, 0, 10**6), ['1,000,000', 'number the sequences from 0']),
   ):
     bad = listed.copy()
@@ -243,7 +243,7 @@ def test_no_rows_too_few_rows_and_bad_options(tmp_path):
   ids = IDS.copy()
   ids[4, 4] = -100
   write_llamascopium(tmp_path / 'a', {HOOK: ROWS}, ids)
-  refuse('token id -100', 'skip_tokens')
+  refuse('chunk-00000000.safetensors: row 4, token 4: token id -100', 'skip_')
   refuse('239 rows', '1,024', skip_tokens=(-100,), rows_per_shard=1024)
   refuse('int7', 'int8', dtype='int7')
   refuse('rows_per_shard', 'multiple', rows_per_shard=60)
@@ -254,16 +254,35 @@ def test_no_rows_too_few_rows_and_bad_options(tmp_path):
   refused(tmp_path, 'npy', 'stand alone', options={'skip_first': 1})
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'int8'])
-def test_rows_that_are_not_finite(tmp_path, dtype):
-  rows = FLAT.copy()
-  rows[100, 3] = np.nan
-  write_npy(tmp_path / 'a', rows, FLAT_IDS)
-  source = npy.open_source(tmp_path / 'a', {'': SITE})
-  with pytest.raises(UserError, match='NaN'):
-    import_rows(
-      tmp_path / 's', 'npy', source, Options(dtype=dtype, **SIZES)
-    )  # fmt: skip
+WRITE = {
+  'saelens': lambda root, rows: write_saelens(root, {HOOK: rows}, IDS),
+  'llamascopium': lambda root, rows: write_llamascopium(
+    root, {HOOK: rows}, IDS
+  ),
+  'npy': lambda root, rows: write_npy(root, rows.reshape(-1, D), FLAT_IDS),
+}
+WHERE = {  # row 100 of all: token 4 of sequence 12
+  'saelens': f'a: {HOOK!r} of sequence 12, token 4',
+  'llamascopium': 'chunk-00000001.safetensors: row 5, token 4',
+  'npy': 'part-10.npy: row 40',
+}
+
+
+@pytest.mark.parametrize(
+  'importer, options',
+  [(name, {}) for name in WRITE]
+  + [('npy', {'dtype': 'int8'}), ('npy', {'shuffle': True})],
+)
+def test_rows_that_are_not_finite(tmp_path, importer, options):
+  rows = ROWS.copy()
+  rows[12, 4, 3] = np.inf if importer == 'saelens' else np.nan
+  WRITE[importer](tmp_path / 'a', rows)
+  source = OPEN[importer](tmp_path / 'a', {'': SITE})
+  with pytest.raises(UserError) as error:
+    import_rows(tmp_path / 's', importer, source, Options(**SIZES | options))
+  assert WHERE[importer] + ' holds NaN or infinity' in str(error.value)
+  # Shuffled, by pieces of a MiB, they are one piece.
+  assert 'shard 1 of the store' in str(error.value)
 
 
 def test_another_import_in_the_folder(tmp_path):

@@ -54,6 +54,27 @@ def _numpy(s, x):
   return f * a.norm_in.scale, x_hat
 
 
+def test_other_arrays_than_jax_ones():
+  torch = pytest.importorskip('torch')
+  s, x = _sae()
+  x = np.asarray(x)
+  f = s.encode(jnp.array(x))
+  x_hat = s.decode(f)
+  for of in (
+    np.asarray, np.float64, np.ndarray.tolist, torch.tensor,
+    lambda a: torch.tensor(a, requires_grad=True),
+    lambda a: torch.tensor(a.T.copy()).double().T,
+  ):  # fmt: skip
+    for found, expected in (
+      (s.encode(of(x)), f),
+      (s.decode(of(np.asarray(f))), x_hat),
+    ):
+      assert isinstance(found, jax.Array) and found.dtype == jnp.float32
+      np.testing.assert_array_equal(found, expected)
+  half = torch.tensor(x).bfloat16()  # which numpy does not know
+  np.testing.assert_array_equal(s.encode(half), s.encode(half.float()))
+
+
 @pytest.mark.parametrize('act', ['jumprelu', 'topk', 'batchtopk'])
 @pytest.mark.parametrize('pre_bias', [True, False])
 def test_encode_and_decode_are_the_definition(mesh, act, pre_bias):

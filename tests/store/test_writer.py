@@ -280,7 +280,7 @@ def test_a_row_that_is_not_finite_stops_the_harvest(tmp_path):
   x = np.ones((64, 3), np.float32)
   x[50, 1] = np.nan
   sizes = dict(rows_per_shard=32, rows_per_block=8)
-  with pytest.raises(UserError, match='a: a row of shard 1 holds NaN'):
+  with pytest.raises(UserError, match=r'a: .* 50 \(shard 1\) holds NaN'):
     write_arrays(tmp_path, {'a': x}, **sizes)
   assert not list(tmp_path.rglob('*.tmp'))
 

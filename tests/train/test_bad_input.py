@@ -1,15 +1,18 @@
 """A user's mistake ends with one line, exit code 2, and nothing written."""
 
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 from train_runs import SITE, config_of, overrides, planted_rows, run
 
 import sae_jax
 from sae_jax.store.create import write_arrays
-from sae_jax.train import loop, progress
+from sae_jax.train import loop, progress, rows
 from sae_jax.train import run as runs
+from sae_jax.train.config import validate
 
 # Found out before there is a config.
 BAD_FLAGS = {
@@ -30,7 +33,7 @@ BAD = {
   'k': (['--config.act.k=65'], ['act.k=65', 'latents=64']),
   'aux_k': (['--config.loss.aux_k=65'], ['aux_k=65', 'latents=64']),
   'mesh and F': (['--config.mesh.dict=7'], ['latents=64', '63 or 70']),
-  'mesh and B': (['--config.mesh.data=3'], ['batch_rows=64', '63 or 66']),
+  'mesh and B': (['--config.mesh.data=3'], ['batch_rows=64', 'multiple of 3']),
   'devices': (['--config.mesh.dict=16'], ['16', '8 cpu device']),
   'batch and block': (['--config.train.batch_rows=40'], ['40', '32 or 48']),
   'aux_k of none': (['--config.loss.aux_k=0'], ['aux_k=0', 'aux_coef=0']),
@@ -50,6 +53,7 @@ BAD = {
   'theta_ema': (['--config.act.theta_ema=1.0'], ['theta_ema=1.0', '[0, 1)']),
   'negative': (['--config.optim.lr=-1.0'], ['optim.lr=-1.0']),
   'store': (['--config.store.path=/nowhere'], ['/nowhere']),
+  'no store': (['--config.store.path='], ['config.store.path is empty']),
 }
 
 
@@ -103,6 +107,56 @@ def test_configs_that_cannot_be(tmp_path, store, name, case):
   for word in words:
     assert word in str(error.value)
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  'key, value, more',
+  [
+    ('train.batch_rows', 60, {'mesh.data': 3}),
+    ('train.batch_rows', 40, {'train.micro_batches': 4}),
+    ('sae.latents', 60, {'mesh.dict': 7, 'act.k': 60}),
+    ('sae.latents', 62, {'mesh.dict': 2, 'mesh.data': 4, 'mesh.zero1': True}),
+  ],
+)
+def test_values_that_are_proposed_are_accepted(store, key, value, more):
+  def accept(given):
+    flags = overrides(store, **{key: given} | more)
+    config = config_of('topk.py:demo', *flags)
+    validate(config)
+    rows.open_source(config)
+
+  with pytest.raises(sae_jax.UserError, match=f'{value}.*: use ') as error:
+    accept(value)
+  proposed = re.findall(r'\d+', str(error.value).rpartition(': use ')[2])
+  assert proposed
+  for given in proposed:
+    accept(given)
+
+
+@pytest.mark.parametrize('value', [0.0, 0.1, 1e4])
+@pytest.mark.parametrize('center', [True, False])
+def test_rows_that_do_not_vary(tmp_path, value, center):
+  x = np.full((512, 16), value, np.float32)
+  write = lambda name: write_arrays(
+    tmp_path / name, {SITE: x}, rows_per_shard=128, rows_per_block=16
+  )
+  write('a')
+  train = lambda name: loop.train(
+    config_of(
+      'topk.py:demo',
+      *overrides(
+        tmp_path / name,
+        **{'sae.center': center, 'train.rows': 64, 'train.eval_size': 64},
+      ),
+    ),
+    str(tmp_path / f'run_{name}'),
+  )
+  with pytest.raises(sae_jax.UserError, match=f'{SITE} in .*/a .* not vary'):
+    train('a')
+  if center and not value:  # one column that does is enough
+    x[:, 3] = np.arange(512)
+    write('b')
+    train('b')
 
 
 def test_missing_flags_and_config_files(tmp_path, store):
