@@ -7,6 +7,7 @@ manifest; evaluation.json and report.html are left in the run folder.
 import contextlib
 import datetime
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from sae_jax.evaluate import figures, report
 from sae_jax.evaluate.contexts import top_contexts
 from sae_jax.evaluate.held_out import HeldOut, read_held_out, spread
 from sae_jax.evaluate.reconstruction import Reconstruction, reconstruction
+from sae_jax.evaluate.rows import first
 from sae_jax.evaluate.splice import Splice, splice_loss
 from sae_jax.lm.subject import Subject, load_subject, weights_sha256
 from sae_jax.models.sae import SAE
@@ -31,6 +33,7 @@ from sae_jax.store.manifest import (
   read_manifest,
   store_fingerprint,
 )
+from sae_jax.store.statistics import Parted, part
 from sae_jax.train import checkpoints
 from sae_jax.train.run import read_config, run_folder
 
@@ -92,21 +95,23 @@ def evaluate(
       subject = subject if language_model else None  # its weights go here
     log.info('run: %s at step %d, store: %s', run_dir, run.step, run.store)
     site, width = run.config.store.site, run.config.sae.d_in
-    read = lambda: reader.held_out(run.store, site)
+    bound = reader.bound_of(run.store, site, run.config.store.max_norm)
+    read = lambda: reader.held_out(run.store, site, bound)
     with _timed(seconds, 'reconstruction'):
       limit = min(rows, run.held_out.rows)
       rebuilt = reconstruction(run.sae, read(), width=width, limit=limit)
+      outliers = find_outliers(run, bound, limit)
     spliced = None
     if subject:
       with _timed(seconds, 'language_model'):
-        spliced = splice(run, subject, sequences)
+        spliced = splice(run, subject, sequences, bound)
     del subject  # the rest does not need its weights
     with _timed(seconds, 'contexts'):
       features = top_contexts(
         run.sae, read, lambda i: run.held_out.tokens[i], rebuilt.fired,
-        rows=limit, width=width, latents=contexts,
+        rows=rebuilt.rows, width=width, latents=contexts,
       )  # fmt: skip
-  result = record(run, rebuilt, spliced, seconds)
+  result = record(run, rebuilt, outliers, spliced, seconds)
   report.write(run_dir, result, features, tokenizer)
   return result
 
@@ -170,7 +175,20 @@ def open_model(
   return subject
 
 
-def splice(run: Run, subject: Subject, sequences: int) -> Splice:
+def find_outliers(run: Run, bound: float, rows: int) -> Parted:
+  """The first held-out rows on either side of the bound, or without one of
+  OUTLIER times the median norm, with a warning where these matter."""
+  site, free = run.config.store.site, bound == math.inf
+  if free:
+    bound = reader.bound_of(run.store, site, reader.OUTLIER)
+  blocks = first(reader.held_out(run.store, site, math.inf), rows)
+  found = part((x for x, _ in blocks), bound)
+  if free and (words := reader.outlier_words(site, found)):
+    log.warning('held-out rows of %s', words)
+  return found
+
+
+def splice(run: Run, subject: Subject, sequences: int, bound: float) -> Splice:
   """Delta loss on sequences spread over the held-out split."""
   held_out = run.held_out
   if not held_out.whole:
@@ -188,18 +206,20 @@ def splice(run: Run, subject: Subject, sequences: int) -> Splice:
     held_out.stored[chosen],
     pad=run.manifest.policy.get('padding_token'),
     latents=run.config.sae.latents,
+    bound=bound,
   )
 
 
 def record(
   run: Run,
   rebuilt: Reconstruction,
+  outliers: Parted,
   spliced: Splice | None,
   seconds: dict[str, float],
 ) -> dict[str, Any]:
   """evaluation.json: every figure with its unit, and what it was made from."""
   config, manifest = run.config, run.manifest
-  values = figures.collect(rebuilt, spliced)
+  values = figures.collect(rebuilt, outliers, spliced)
   edges, counts = frequency_bins(rebuilt)
   living = rebuilt.frequency[rebuilt.fired > 0]
   now = datetime.datetime.now(datetime.UTC)

@@ -6,6 +6,7 @@ wait for it and take it as it is.
 
 import contextlib
 import dataclasses
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +39,16 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import differing_keys, least_rows, plan
 from sae_jax.store.sequences import Spool, spool
-from sae_jax.store.statistics import Moments, merge_all, moments
+from sae_jax.store.statistics import (
+  Moments,
+  merge_all,
+  moments,
+  norms,
+  within,
+)
 
 # Tokens run through the model to find the columns' offsets and scales of int8
-# rows: the standard deviation is then known to a percent.
+# rows and the median norm: the standard deviation is then known to a percent.
 _SAMPLE = 16_384
 
 R = TypeVar('R')
@@ -100,8 +107,8 @@ def begin(
       Site(site, site_width(subject.cfg, site), config.store.dtype)
       for site in config.harvest.sites
     ]
-    if config.store.dtype == 'int8':  # computed by all together
-      sites = with_columns(sites, config, run, packed, alone)
+    if config.store.dtype == 'int8' or config.harvest.max_norm:
+      sites = measured(sites, config, run, packed, alone)  # by all together
     first_process(
       lambda: packed and write_plan(root, config, text, subject, sites, packed),
       alone,
@@ -254,23 +261,25 @@ def write_plan(
 
 
 def sample_sequences(config: Config) -> int:
-  """Sequences that int8 columns are measured on, in whole batches."""
+  """Sequences that `measured` looks at, in whole batches."""
   b, T = config.harvest.batch_sequences, config.harvest.sequence_length
   return -(-_SAMPLE // (b * T)) * b
 
 
-def with_columns(
+def measured(
   sites: list[Site],
   config: Config,
   run: Forward,
   packed: Packed | None,
   alone: bool,
 ) -> list[Site]:
-  """The sites with the offset and scale of every column for int8 rows.
+  """The sites with the offset and scale of every column for int8 rows, and the
+  norm beyond which rows are left out, max_norm times the median.
 
   From the first sequences of the store without position 0, whose norm is up
-  to 100 times the others'.
+  to 100 times the others'; columns without what is beyond the batch's bound.
   """
+  times = config.harvest.max_norm or math.inf
   count, b = sample_sequences(config), config.harvest.batch_sequences
   T, skip = config.harvest.sequence_length, max(config.harvest.skip_first, 1)
   tokens = np.zeros((count, T), np.int32)
@@ -279,15 +288,27 @@ def with_columns(
   if not alone:
     tokens = np.asarray(multihost_utils.broadcast_one_to_all(tokens))
   found: dict[str, list[Moments]] = {site.name: [] for site in sites}
+  sizes: dict[str, list[np.ndarray]] = {site.name: [] for site in sites}
   for at in range(0, count, b):  # one at a time: they hold collectives
     for name, rows in jax.device_get(run(tokens[at : at + b])).items():
       kept = rows.reshape(b, T, -1)[:, skip:]
-      found[name].append(moments(kept.reshape(-1, kept.shape[-1])))
-  return [
-    dataclasses.replace(site, offset=offset, scale=scale)
-    for site in sites
-    for offset, scale in [quantise.columns(merge_all(found[site.name]))]
-  ]
+      kept = kept.reshape(-1, kept.shape[-1])
+      sizes[name].append(norms(kept))
+      bound = times * float(np.median(sizes[name][-1]))
+      found[name].append(moments(within(kept, bound)))
+  made = []
+  for site in sites:
+    if times < math.inf:
+      bound = times * float(np.median(np.concatenate(sizes[site.name])))
+      logging.info(
+        'site %s: rows of a norm above %.4g are left out', site.name, bound
+      )
+      site = dataclasses.replace(site, max_norm=bound)
+    if site.dtype == 'int8':
+      offset, scale = quantise.columns(merge_all(found[site.name]))
+      site = dataclasses.replace(site, offset=offset, scale=scale)
+    made.append(site)
+  return made
 
 
 def identity(subject: Subject) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.store import reader
 from sae_jax.store.checks import (
   RECORD,
   STATISTICS,
@@ -18,7 +19,7 @@ from sae_jax.store.checks import (
   pool,
   progress,
 )
-from sae_jax.store.files import MEND
+from sae_jax.store.files import MEND, ShardFile
 from sae_jax.store.manifest import (
   COMPLETE,
   FILE,
@@ -30,7 +31,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.records import load_record, with_statistics
 from sae_jax.store.sequences import Sequences, shard_tokens
-from sae_jax.store.statistics import Moments, merge, moments_of
+from sae_jax.store.statistics import Moments, merge, part, within
 
 Bad = Collection[tuple[int | None, str]]
 
@@ -177,7 +178,7 @@ def _unmerged(view: View, sums: _Sums) -> Iterator[Problem]:
     if site.name not in sums.norm:
       continue
     expected = with_statistics(
-      site, sums.norm[site.name], sums.every[site.name]
+      site, sums.norm[site.name], sums.every[site.name], view.manifest.rows
     )
     names = [field.name for field in dataclasses.fields(Site)]
     wrong = [n for n in names if getattr(site, n) != getattr(expected, n)]
@@ -193,18 +194,53 @@ def _shard_problem(
   try:
     file = view.rows_file(site.name, shard)
     if full:
-      blocks = (file.read(b) for b in range(file.blocks))
-      wrong = _differs(moments_of(blocks), said)
+      wrong = _differs(part(_sample(file, True), site.bound).within, said)
     else:
-      blocks = range(0, file.blocks, -(-file.blocks // _BLOCKS))
-      rows = np.concatenate([file.read(b) for b in blocks])
-      wrong = _improbable(rows.astype(np.float64), said, _comparisons(view))
+      rows = within(np.concatenate([*_sample(file)]), site.bound)
+      wrong = len(rows) and _improbable(
+        rows.astype(np.float64), said, _comparisons(view)
+      )
   except UserError:  # named by the checks before this one, or removed
     return None
   if wrong:
     where = _path(view, site_part(site.name), shard)
     return Problem(f'{where}: {wrong}: {MEND}', shard, RECORD)
   return None
+
+
+def _sample(file: ShardFile, full: bool = False) -> Iterator[np.ndarray]:
+  """A few of its blocks, or all."""
+  step = 1 if full else -(-file.blocks // _BLOCKS)
+  return map(file.read, range(0, file.blocks, step))
+
+
+def check_norms(view: View, bad: Bad, exact: bool) -> Check:
+  """How many rows have more than OUTLIER times the median norm of their site,
+  in the sample of the statistics (`exact`: of all), with a warning where they
+  carry much of the variance."""
+  m, name, shards = view.manifest, 'norms', list(view.files)
+  said, warnings = [], []
+  step = 1 if exact else -(-len(shards) // _SHARDS)
+
+  def blocks(site: str) -> Iterator[np.ndarray]:
+    for shard in shards[::step]:
+      if (shard, site_part(site)) not in bad:
+        yield from _sample(view.rows_file(site, shard), exact)
+
+  for site in m.sites:
+    try:
+      limit = reader.bound_of(view.root, site.name, reader.OUTLIER)
+      found = part(blocks(site.name), limit)
+    except UserError as error:  # named by the checks before, or not there
+      return Check(name, '', skipped=str(error))
+    line = f'{site.name}: {found.beyond.n:,} of {found.all.n:,} rows beyond '
+    line += f'{limit:.4g}, {found.variance_beyond:.1%} of the variance'
+    if site.max_norm is not None:
+      line += f'; {site.left_out} beyond {site.max_norm:.4g} are left out'
+    elif words := reader.outlier_words(site.name, found):
+      warnings.append(words)
+    said.append(line)
+  return Check(name, '; '.join(said), warnings=tuple(warnings))
 
 
 def _comparisons(view: View) -> int:

@@ -29,7 +29,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import block_checksums
 from sae_jax.store.records import Record, write_record
-from sae_jax.store.statistics import Moments, merge_next
+from sae_jax.store.statistics import Moments, merge_next, within
 
 PAGE = 4096  # what direct writes are aligned to
 _WRITE = 16 << 20  # bytes of one write
@@ -99,7 +99,7 @@ def _checksums(
     for raw, rows in _blocks(site, full.rows, step):
       hashes.append(xxhash.xxh3_64_intdigest(raw.view(np.uint8).data))
       with np.errstate(invalid='ignore', over='ignore'):
-        total = merge_next(total, rows)
+        total = merge_next(total, within(rows, site.bound))
     record.moments[site.name] = _finite(total, site, full.shard)
     sums[site_part(site.name)] = np.array(hashes, '<u8').tobytes()
   for part in full.rows.keys() - sums.keys():

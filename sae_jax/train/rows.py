@@ -20,6 +20,7 @@ from sae_jax.parallel.mesh import P as Spec
 from sae_jax.store import reader
 from sae_jax.store.batches import BatchSource
 from sae_jax.store.manifest import local_root, read_manifest
+from sae_jax.store.statistics import part
 from sae_jax.train import growing
 from sae_jax.train.config import stream_seed
 from sae_jax.train.progress import Progress
@@ -43,7 +44,7 @@ def open_source(
     parts, of = sorted({p * readable // of for p in parts}), readable
   source = BatchSource(
     c.path, c.site, batch, seed=stream_seed(config), window=c.window,
-    parts=parts, of=of,
+    parts=parts, of=of, max_norm=c.max_norm,
     check_sizes=config.train.on_bad_block == 'stop',
   )  # fmt: skip
   if source.site.width != config.sae.d_in:
@@ -76,14 +77,34 @@ def warn_of_size(config: Config, source: BatchSource) -> None:
     )  # fmt: skip
 
 
-def held_out_rows(config: Config) -> jax.Array | None:
+def warn_of_norms(source: BatchSource) -> None:
+  """One line when rows have many times the others' norm, or are left out for
+  it. The normaliser shards must be there (UserError)."""
+  root, site = source.root, source.site.name
+  if source.bound < math.inf:
+    logging.info('store: rows beyond a norm of %.4g are left out', source.bound)
+  if source.bound < math.inf or not processes.is_first():
+    return
+  limit = reader.bound_of(root, site, reader.OUTLIER)
+  found = part(reader.norm_sample(root, site), limit)
+  if line := reader.outlier_words(site, found):
+    logging.warning('store: %s', line)
+  elif (largest := reader.sizes(root, site).largest) > limit:
+    logging.warning(
+      'store: numbers of %s reach %.3g, %.0f times the median norm: see '
+      'launch/verify.py --exact, and config.store.max_norm (docs/store.md)',
+      site, largest, largest / limit * reader.OUTLIER,
+    )  # fmt: skip
+
+
+def held_out_rows(config: Config, source: BatchSource) -> jax.Array | None:
   """The first config.train.eval_size held-out rows [n@data, D], or as many as
   there are; None when no evaluation is asked for."""
   if not config.train.eval_rows:
     return None
   c, taken = config.store, []
   unit, size = config.mesh.data, config.train.eval_size
-  for rows, _ in reader.held_out(c.path, c.site):
+  for rows, _ in reader.held_out(c.path, c.site, source.bound):
     taken.append(rows)
     if sum(map(len, taken)) >= size:
       break

@@ -96,6 +96,34 @@ def test_a_store_and_a_model_that_moved(run_dir, store, tmp_path):
   assert result['store'] == str(tmp_path / 'moved')
 
 
+def test_rows_of_huge_norm_are_told_or_left_out(run_dir, tmp_path, caplog):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(128, 16)).astype(np.float32)
+  x[[5, 70]] *= 100  # one is held out
+  write_arrays(
+    tmp_path / 's', {fakes.SITE: x}, rows_per_shard=64, rows_per_block=16
+  )
+  evaluate = lambda: job.evaluate(
+    run_dir, language_model=False, store_path=str(tmp_path / 's')
+  )
+  result = evaluate()
+  (line,) = [s for s in caplog.messages if 'median' in s]
+  assert '1 of 64 rows' in line and '98% of the variance' in line
+  assert result['rows'] == 64 and result['figures']['variance'] > 1000
+  config = json.loads((run_dir / 'config.json').read_text())
+  config['store']['max_norm'] = 10.0
+  (run_dir / 'config.json').write_text(json.dumps(config))
+  caplog.clear()
+  found = evaluate()
+  assert not [s for s in caplog.messages if 'median' in s]
+  assert found['rows'] == 63
+  for key in ('outlier_rows', 'outlier_variance'):
+    assert found['figures'][key] == result['figures'][key]
+  assert found['figures']['outlier_rows'] == 1 / 64
+  variance = np.delete(x[:64], 5, 0).astype(np.float64).var(0).sum()
+  np.testing.assert_allclose(found['figures']['variance'], variance, 1e-6)
+
+
 def refuses(run_dir, match, **arguments):
   with pytest.raises(UserError, match=match):
     job.evaluate(run_dir, **arguments)
