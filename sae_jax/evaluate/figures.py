@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from sae_jax.evaluate.reconstruction import Reconstruction
 from sae_jax.evaluate.splice import Splice
-from sae_jax.store.statistics import Parted
 
 
 class Figure(NamedTuple):
@@ -82,16 +81,6 @@ FIGURES = (
     'Size of the reconstruction where it points the right way. Below 1 the '
     'features are systematically too weak (shrinkage).',
   ),
-  Figure(
-    'outlier_rows', 'Tokens of huge norm', 'share', '.3%',
-    'Tokens whose activation is ten times as long as most. Where training '
-    'left them out (max_norm) no other figure counts them.',
-  ),
-  Figure(
-    'outlier_variance', 'Their share of the variance', 'share', '.2%',
-    'Where it is large, and they are not left out, the errors above are '
-    'theirs and say little about all other tokens.',
-  ),
 )  # fmt: skip
 
 
@@ -104,9 +93,7 @@ class TableRow(NamedTuple):
   meaning: str
 
 
-def collect(
-  r: Reconstruction, outliers: Parted, s: Splice | None
-) -> dict[str, float | None]:
+def collect(r: Reconstruction, s: Splice | None) -> dict[str, float | None]:
   """{name: value} of the figures there are; None where undefined."""
   values: dict[str, float | None] = {
     'fvu': r.fvu,
@@ -116,8 +103,6 @@ def collect(
     'variance': r.variance,
     'cosine': r.cosine,
     'relative_reconstruction_bias': r.bias,
-    'outlier_rows': outliers.beyond.n / outliers.all.n,
-    'outlier_variance': outliers.variance_beyond,
   }
   if s is not None:
     values |= {

@@ -33,7 +33,6 @@ from sae_jax.store.manifest import (
   read_manifest,
   store_fingerprint,
 )
-from sae_jax.store.statistics import Parted, part
 from sae_jax.train import checkpoints
 from sae_jax.train.run import read_config, run_folder
 
@@ -96,11 +95,14 @@ def evaluate(
     log.info('run: %s at step %d, store: %s', run_dir, run.step, run.store)
     site, width = run.config.store.site, run.config.sae.d_in
     bound = reader.bound_of(run.store, site, run.config.store.max_norm)
-    read = lambda: reader.held_out(run.store, site, bound)
+    read = lambda bound=bound: reader.held_out(run.store, site, bound)
     with _timed(seconds, 'reconstruction'):
       limit = min(rows, run.held_out.rows)
       rebuilt = reconstruction(run.sae, read(), width=width, limit=limit)
-      outliers = find_outliers(run, bound, limit)
+      every = (x for x, _ in first(read(0), limit))
+      outliers = reader.outliers(run.store, site, every)
+    if outliers['share'] > 0.01 and not bound:
+      log.warning('held out: %s: %s', outliers['said'], reader.ADVICE)
     spliced = None
     if subject:
       with _timed(seconds, 'language_model'):
@@ -175,19 +177,6 @@ def open_model(
   return subject
 
 
-def find_outliers(run: Run, bound: float, rows: int) -> Parted:
-  """The first held-out rows on either side of the bound, or without one of
-  OUTLIER times the median norm, with a warning where these matter."""
-  site, free = run.config.store.site, bound == math.inf
-  if free:
-    bound = reader.bound_of(run.store, site, reader.OUTLIER)
-  blocks = first(reader.held_out(run.store, site, math.inf), rows)
-  found = part((x for x, _ in blocks), bound)
-  if free and (words := reader.outlier_words(site, found)):
-    log.warning('held-out rows of %s', words)
-  return found
-
-
 def splice(run: Run, subject: Subject, sequences: int, bound: float) -> Splice:
   """Delta loss on sequences spread over the held-out split."""
   held_out = run.held_out
@@ -206,20 +195,20 @@ def splice(run: Run, subject: Subject, sequences: int, bound: float) -> Splice:
     held_out.stored[chosen],
     pad=run.manifest.policy.get('padding_token'),
     latents=run.config.sae.latents,
-    bound=bound,
+    bound=bound or math.inf,
   )
 
 
 def record(
   run: Run,
   rebuilt: Reconstruction,
-  outliers: Parted,
+  outliers: dict[str, Any],
   spliced: Splice | None,
   seconds: dict[str, float],
 ) -> dict[str, Any]:
   """evaluation.json: every figure with its unit, and what it was made from."""
   config, manifest = run.config, run.manifest
-  values = figures.collect(rebuilt, outliers, spliced)
+  values = figures.collect(rebuilt, spliced)
   edges, counts = frequency_bins(rebuilt)
   living = rebuilt.frequency[rebuilt.fired > 0]
   now = datetime.datetime.now(datetime.UTC)
@@ -241,6 +230,7 @@ def record(
       'latents': config.sae.latents,
     },
     'rows': rebuilt.rows,
+    'outliers': outliers,
     'sequences': spliced.sequences if spliced else 0,
     'held_out_sequences': run.held_out.whole,
     'predictions': spliced.predictions if spliced else 0,

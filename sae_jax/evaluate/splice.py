@@ -53,9 +53,8 @@ def splice_loss(
   """Delta loss and loss recovered at `site` over sequences tokens [n, T].
 
   trained [n, T] marks the positions whose activations the SAE was trained
-  on: they alone are replaced, those of a norm up to `bound`. A prediction
-  counts when it is made from such a position t (whatever its norm) and its
-  target, the token at t + 1, exists and is not `pad`.
+  on: they alone are replaced, up to a norm of `bound`. A prediction counts when
+  it is made from any of them, and its target, the next token, is not `pad`.
   Other special tokens count as targets: the model was trained to predict
   the end of a text.
   """
@@ -69,9 +68,8 @@ def splice_loss(
       part = slice(start, start + batch)
       fed = [_pad_rows(a[part], batch) for a in (tokens, trained, counted)]
       out = sequence_losses(
-        params, sae, *fed, np.float32(bound), cfg=cfg, site=site,
-        rows=chunk_rows(latents),
-      )  # fmt: skip
+        params, sae, *fed, bound, cfg=cfg, site=site, rows=chunk_rows(latents)
+      )
       taken = len(tokens[part])
       sums.append(np.asarray(out, np.float64)[:, :taken])
       bar.update(taken)
@@ -85,7 +83,7 @@ def sequence_losses(
   tokens: jax.Array,
   trained: jax.Array,
   counted: jax.Array,
-  bound: jax.typing.ArrayLike = math.inf,
+  bound: float = math.inf,
   *,
   cfg: LMConfig,
   site: str,
@@ -103,8 +101,8 @@ def sequence_losses(
     return x_hat.reshape(x.shape).astype(x.dtype)
 
   def seen(x):
-    norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
-    return trained[..., None] & (norm <= bound)
+    norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+    return (trained & (norm <= bound))[..., None]
 
   def loss(replacement=None):
     edits = {}

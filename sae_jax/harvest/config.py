@@ -7,12 +7,7 @@ from ml_collections import ConfigDict
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.store.plan import (
-  check_dtype,
-  check_max_norm,
-  check_rows,
-  check_sizes,
-)
+from sae_jax.store.plan import check_dtype, check_rows, check_sizes
 
 COMPUTE = ('float32', 'bfloat16')
 
@@ -43,8 +38,7 @@ def base_config() -> Config:
   c.harvest.skip_first = 1  # first positions of a sequence without rows
   c.harvest.skip_special = True  # no rows for control tokens, BOS, EOS
   c.harvest.skip_tokens = ()  # nor for these ids
-  c.harvest.max_norm = 0.0  # readers leave out rows of more than so many times
-  # the median norm; 0: none (docs/store.md)
+  c.harvest.max_norm = 0.0  # readers leave out rows beyond so many median norms
 
   c.store = ConfigDict()
   c.store.path = ''  # folder to write
@@ -94,12 +88,13 @@ def check_config(config: Config) -> None:
     )
   if h.rows < 0:
     raise UserError(f'harvest.rows: {h.rows}; use 0 for all rows, or more')
+  if not 0 <= h.max_norm < 1e9:
+    raise UserError(f'harvest.max_norm: {h.max_norm}; use 0 for none, or 10')
   if not 0 <= h.seed < 2**63:
     raise UserError(f'harvest.seed: {h.seed}; use 0 to 2^63 - 1')
   check_dtype('harvest.compute_dtype', h.compute_dtype, COMPUTE)
   check_dtype('store.dtype', s.dtype)
   check_sizes(**sizes(config))
-  check_max_norm('harvest.max_norm', h.max_norm)
   if h.rows:
     check_rows(h.rows, **sizes(config))
   if s.keep_bytes < 0:
@@ -137,11 +132,10 @@ def sizes(config: Config) -> dict[str, int]:
 def recorded(config: Config) -> dict[str, Any]:
   """The config as the manifest keeps it: JSON, without what alters no row."""
   data = config.to_dict()
-  h = data['harvest']
   for key in ('sites', 'skip_tokens'):
-    h[key] = list(h[key])
-  if not h['max_norm']:  # as stores from before the key
-    del h['max_norm']
+    data['harvest'][key] = list(data['harvest'][key])
+  if not config.harvest.max_norm:  # as stores from before the key
+    del data['harvest']['max_norm']
   for key in ('path', 'keep_bytes', 'trainers'):
     del data['store'][key]
   del data['task'], data['distributed']

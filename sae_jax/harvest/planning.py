@@ -6,7 +6,6 @@ wait for it and take it as it is.
 
 import contextlib
 import dataclasses
-import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +38,10 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import differing_keys, least_rows, plan
 from sae_jax.store.sequences import Spool, spool
-from sae_jax.store.statistics import (
-  Moments,
-  merge_all,
-  moments,
-  norms,
-  within,
-)
+from sae_jax.store.statistics import Moments, merge_all, moments, norms, within
 
-# Tokens run through the model to find the columns' offsets and scales of int8
-# rows and the median norm: the standard deviation is then known to a percent.
+# Tokens run through the model to find the median norm, and the columns' offsets
+# and scales of int8 rows: the standard deviation is then known to a percent.
 _SAMPLE = 16_384
 
 R = TypeVar('R')
@@ -260,12 +253,6 @@ def write_plan(
   return create(root, manifest, packed.sequences, packed.keep, packed.places)
 
 
-def sample_sequences(config: Config) -> int:
-  """Sequences that `measured` looks at, in whole batches."""
-  b, T = config.harvest.batch_sequences, config.harvest.sequence_length
-  return -(-_SAMPLE // (b * T)) * b
-
-
 def measured(
   sites: list[Site],
   config: Config,
@@ -273,15 +260,15 @@ def measured(
   packed: Packed | None,
   alone: bool,
 ) -> list[Site]:
-  """The sites with the offset and scale of every column for int8 rows, and the
-  norm beyond which rows are left out, max_norm times the median.
+  """The sites with the norm beyond which rows are left out, and with the offset
+  and scale of every column for int8 rows.
 
   From the first sequences of the store without position 0, whose norm is up
-  to 100 times the others'; columns without what is beyond the batch's bound.
+  to 100 times the others', and without what is beyond a bound of the batch.
   """
-  times = config.harvest.max_norm or math.inf
-  count, b = sample_sequences(config), config.harvest.batch_sequences
-  T, skip = config.harvest.sequence_length, max(config.harvest.skip_first, 1)
+  times = config.harvest.max_norm
+  b, T = config.harvest.batch_sequences, config.harvest.sequence_length
+  count, skip = -(-_SAMPLE // (b * T)) * b, max(config.harvest.skip_first, 1)
   tokens = np.zeros((count, T), np.int32)
   if packed is not None:  # a short text is repeated
     tokens = np.resize(packed.sequences[:count], (count, T))
@@ -291,24 +278,21 @@ def measured(
   sizes: dict[str, list[np.ndarray]] = {site.name: [] for site in sites}
   for at in range(0, count, b):  # one at a time: they hold collectives
     for name, rows in jax.device_get(run(tokens[at : at + b])).items():
-      kept = rows.reshape(b, T, -1)[:, skip:]
-      kept = kept.reshape(-1, kept.shape[-1])
+      kept = rows.reshape(b, T, -1)[:, skip:].reshape(b * (T - skip), -1)
       sizes[name].append(norms(kept))
-      bound = times * float(np.median(sizes[name][-1]))
-      found[name].append(moments(within(kept, bound)))
-  made = []
-  for site in sites:
-    if times < math.inf:
-      bound = times * float(np.median(np.concatenate(sizes[site.name])))
-      logging.info(
-        'site %s: rows of a norm above %.4g are left out', site.name, bound
-      )
-      site = dataclasses.replace(site, max_norm=bound)
-    if site.dtype == 'int8':
-      offset, scale = quantise.columns(merge_all(found[site.name]))
-      site = dataclasses.replace(site, offset=offset, scale=scale)
-    made.append(site)
-  return made
+      kept = within(kept, times * np.median(sizes[name][-1]))
+      found[name].append(moments(kept))
+  medians = {k: float(np.median(np.concatenate(v))) for k, v in sizes.items()}
+  sites = [
+    dataclasses.replace(s, max_norm=times * medians[s.name]) for s in sites
+  ]
+  if config.store.dtype != 'int8':
+    return sites
+  return [
+    dataclasses.replace(site, offset=offset, scale=scale)
+    for site in sites
+    for offset, scale in [quantise.columns(merge_all(found[site.name]))]
+  ]
 
 
 def identity(subject: Subject) -> dict[str, str]:

@@ -19,7 +19,7 @@ from sae_jax.store.checks import (
   pool,
   progress,
 )
-from sae_jax.store.files import MEND, ShardFile
+from sae_jax.store.files import MEND
 from sae_jax.store.manifest import (
   COMPLETE,
   FILE,
@@ -31,7 +31,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.records import load_record, with_statistics
 from sae_jax.store.sequences import Sequences, shard_tokens
-from sae_jax.store.statistics import Moments, merge, part, within
+from sae_jax.store.statistics import Moments, merge, moments_of, within
 
 Bad = Collection[tuple[int | None, str]]
 
@@ -178,7 +178,7 @@ def _unmerged(view: View, sums: _Sums) -> Iterator[Problem]:
     if site.name not in sums.norm:
       continue
     expected = with_statistics(
-      site, sums.norm[site.name], sums.every[site.name], view.manifest.rows
+      site, sums.norm[site.name], sums.every[site.name]
     )
     names = [field.name for field in dataclasses.fields(Site)]
     wrong = [n for n in names if getattr(site, n) != getattr(expected, n)]
@@ -194,12 +194,13 @@ def _shard_problem(
   try:
     file = view.rows_file(site.name, shard)
     if full:
-      wrong = _differs(part(_sample(file, True), site.bound).within, said)
+      blocks = (within(file.read(b), site.max_norm) for b in range(file.blocks))
+      wrong = _differs(moments_of(blocks), said)
     else:
-      rows = within(np.concatenate([*_sample(file)]), site.bound)
-      wrong = len(rows) and _improbable(
-        rows.astype(np.float64), said, _comparisons(view)
-      )
+      blocks = range(0, file.blocks, -(-file.blocks // _BLOCKS))
+      rows = np.concatenate([file.read(b) for b in blocks])
+      rows = within(rows, site.max_norm)
+      wrong = _improbable(rows.astype(np.float64), said, _comparisons(view))
   except UserError:  # named by the checks before this one, or removed
     return None
   if wrong:
@@ -208,39 +209,23 @@ def _shard_problem(
   return None
 
 
-def _sample(file: ShardFile, full: bool = False) -> Iterator[np.ndarray]:
-  """A few of its blocks, or all."""
-  step = 1 if full else -(-file.blocks // _BLOCKS)
-  return map(file.read, range(0, file.blocks, step))
-
-
-def check_norms(view: View, bad: Bad, exact: bool) -> Check:
-  """How many rows have more than OUTLIER times the median norm of their site,
-  in the sample of the statistics (`exact`: of all), with a warning where they
-  carry much of the variance."""
-  m, name, shards = view.manifest, 'norms', list(view.files)
-  said, warnings = [], []
-  step = 1 if exact else -(-len(shards) // _SHARDS)
-
-  def blocks(site: str) -> Iterator[np.ndarray]:
-    for shard in shards[::step]:
-      if (shard, site_part(site)) not in bad:
-        yield from _sample(view.rows_file(site, shard), exact)
-
+def check_norms(view: View, exact: bool) -> Check:
+  """How many rows have many times the median norm, in a sample of the
+  normaliser shards (`exact`: of all); a warning where they matter."""
+  m, said, warnings = view.manifest, [], []
   for site in m.sites:
     try:
-      limit = reader.bound_of(view.root, site.name, reader.OUTLIER)
-      found = part(blocks(site.name), limit)
-    except UserError as error:  # named by the checks before, or not there
-      return Check(name, '', skipped=str(error))
-    line = f'{site.name}: {found.beyond.n:,} of {found.all.n:,} rows beyond '
-    line += f'{limit:.4g}, {found.variance_beyond:.1%} of the variance'
-    if site.max_norm is not None:
-      line += f'; {site.left_out} beyond {site.max_norm:.4g} are left out'
-    elif words := reader.outlier_words(site.name, found):
-      warnings.append(words)
-    said.append(line)
-  return Check(name, '; '.join(said), warnings=tuple(warnings))
+      shards = list(view.files) if exact else []
+      every = reader.shard_blocks(view.root, site.name, shards)
+      rows = (x for x, _ in every) if exact else None
+      found = reader.outliers(view.root, site.name, rows)
+    except UserError as error:  # named by the checks before, or not there yet
+      return Check('norms', '', skipped=str(error))
+    left = f'; {m.rows - site.all_rows:,} are left out' if site.all_rows else ''
+    said.append(f'{site.name}: {found["said"]}{left}')
+    if found['share'] > 0.01 and not site.max_norm:
+      warnings.append(f'{said[-1]}: {reader.ADVICE}')
+  return Check('norms', '; '.join(said), warnings=tuple(warnings))
 
 
 def _comparisons(view: View) -> int:
@@ -273,6 +258,8 @@ def _improbable(x: np.ndarray, said: Moments, comparisons: int) -> str:
   n, log = len(x), math.log(2 * comparisons / _FALSE_ALARM)
   if said.mean.shape != x.shape[1:]:
     return f'the means of its record are {said.mean.shape[0]} numbers'
+  if not n:  # all are beyond a bound
+    return ''
   deviation, sigma = np.abs(x - said.mean), np.sqrt(said.m2 / said.n)
   bound = sigma * math.sqrt(2 * log / n) + deviation.max(0) * log / (3 * n)
   # The last bits of a column that is constant.

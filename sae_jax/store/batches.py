@@ -4,7 +4,6 @@ Every block is checked on read. Needs numpy; Grain for prefetching; not jax.
 """
 
 import functools
-import math
 import sys
 import threading
 from collections.abc import Sequence
@@ -38,9 +37,8 @@ class BatchSource:
   shards in order, the blocks of a window permuted anew in every epoch. Batch i
   is blocks [i n, (i+1) n) of the stream, n = batch_rows / rows_per_block; it
   may begin in one epoch and end in the next. Of every batch cut into `of`
-  parts, `parts` are read. There is no last batch: `len` is sys.maxsize. Rows
-  beyond the store's bound, or of more than `max_norm` times the median norm
-  (0: none), are left out: others of their block stand in for them.
+  parts, `parts` are read. There is no last batch: `len` is sys.maxsize.
+  For rows that are left out (`reader.bound_of`) others of their block stand in.
 
   A store that is still being written gives the same batches; `missing(i)`
   says what batch i waits for. Attributes: root, manifest, site (the
@@ -132,8 +130,7 @@ class BatchSource:
 
   @functools.cached_property
   def bound(self) -> float:
-    """The norm above which rows are left out, inf for none. With `max_norm`
-    the normaliser shards must be there (UserError)."""
+    """See `bound_of`; with max_norm the normaliser shards must be there."""
     return bound_of(self.root, self.site.name, self._max_norm)
 
   def missing(self, i: int) -> int | None:
@@ -196,7 +193,7 @@ class BatchSource:
         rest.append((file, block, rows))
     for file, block, rows in rest:
       file.read_into(block, rows)
-    if self.bound < math.inf:
+    if self.bound:
       for at in range(0, len(out), block_rows):
         stand_in(out[at : at + block_rows], self.bound)
     return out

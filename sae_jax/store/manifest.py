@@ -7,7 +7,6 @@ records of finished shards (records.py) say what can be read already.
 import dataclasses
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +46,11 @@ class Site:
   """One place in the subject model: vectors of `width` numbers.
 
   offset and scale [width] belong to int8 rows and are fixed before the first
-  row. So is max_norm: rows beyond it readers leave out (None: no bound), and so
-  do the statistics; left_out is their number. The statistics (in float64, of
-  the rows as stored) are None while writing: of the normaliser shards, and of
-  all rows of the store. all_max_abs, their largest |number|, is also None in
-  stores older than it.
+  row; so is max_norm, beyond which (0: no bound) readers and statistics leave
+  rows out. The statistics (in float64, of the rows as stored) are None while
+  writing: of the normaliser shards, and of all rows of the store. all_max_abs,
+  their largest |number|, is also None in stores older than it; all_rows, how
+  many they are, is there with a bound.
   """
 
   name: str
@@ -59,7 +58,7 @@ class Site:
   dtype: str
   offset: list[float] | None = None
   scale: list[float] | None = None
-  max_norm: float | None = None
+  max_norm: float = 0.0
   mean: list[float] | None = None
   mean_squared_norm_centred: float | None = None
   mean_squared_norm_raw: float | None = None
@@ -67,12 +66,7 @@ class Site:
   all_mean_squared_norm_centred: float | None = None
   all_mean_squared_norm_raw: float | None = None
   all_max_abs: float | None = None
-  left_out: int | None = None
-
-  @property
-  def bound(self) -> float:
-    """max_norm as a number."""
-    return math.inf if self.max_norm is None else self.max_norm
+  all_rows: int | None = None
 
   @property
   def read_dtype(self) -> np.dtype:

@@ -219,15 +219,6 @@ def check_dtype(
     )
 
 
-def check_max_norm(key: str, times: float) -> None:
-  """UserError for a multiple of the median norm that leaves out half."""
-  if times and not times > 1:
-    raise UserError(
-      f'{key}: {times:g} times the median norm; use 0 for no bound, or more '
-      'than 1 (10 leaves out what is far above all others)'
-    )
-
-
 # Contents are compared by hash.
 _NOT_COMPARED = ('path',)
 

@@ -145,7 +145,6 @@ def merge_records(manifest: Manifest, records: list[Record]) -> Manifest:
       site,
       norm_moments(manifest, site.name, records.__getitem__),
       merge_all(record.moments[site.name] for record in records),
-      manifest.rows,
     )
     for site in manifest.sites
   )
@@ -168,10 +167,8 @@ def mean_squared_norms(m: Moments) -> tuple[float, float]:
   return centred, centred + float(np.square(m.mean).sum())
 
 
-def with_statistics(
-  site: Site, norm: Moments, every: Moments, rows: int
-) -> Site:
-  """A site with the moments of the normaliser shards and of all `rows`."""
+def with_statistics(site: Site, norm: Moments, every: Moments) -> Site:
+  """A site with the moments of the normaliser shards and of all rows."""
   centred, raw = mean_squared_norms(norm)
   all_centred, all_raw = mean_squared_norms(every)
   return dataclasses.replace(
@@ -183,5 +180,5 @@ def with_statistics(
     all_mean_squared_norm_centred=all_centred,
     all_mean_squared_norm_raw=all_raw,
     all_max_abs=every.max_abs,
-    left_out=None if site.max_norm is None else rows - every.n,
+    all_rows=every.n if site.max_norm else None,
   )

@@ -99,7 +99,7 @@ def _checksums(
     for raw, rows in _blocks(site, full.rows, step):
       hashes.append(xxhash.xxh3_64_intdigest(raw.view(np.uint8).data))
       with np.errstate(invalid='ignore', over='ignore'):
-        total = merge_next(total, within(rows, site.bound))
+        total = merge_next(total, within(rows, site.max_norm))
     record.moments[site.name] = _finite(total, site, full.shard)
     sums[site_part(site.name)] = np.array(hashes, '<u8').tobytes()
   for part in full.rows.keys() - sums.keys():

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae_jax.errors import UserError
-
 _PIECE = 1 << 15  # numbers taken to float64 at a time: 256 KB, in L2
 
 
@@ -84,70 +82,36 @@ def merge_next(before: Moments | None, rows: np.ndarray) -> Moments:
   return merge(before, moments(rows, before.mean))
 
 
+def moments_of(blocks: Iterable[np.ndarray]) -> Moments:
+  """Moments of the rows of all blocks, at least one."""
+  found = functools.reduce(merge_next, blocks, None)
+  if found is None:
+    raise ValueError('no block')
+  return found
+
+
 def norms(rows: np.ndarray) -> np.ndarray:
   """|x| of rows [n, width], float64 [n]."""
-  squares, step = np.empty(len(rows)), max(_PIECE // rows.shape[1], 1)
-  for at in range(0, len(rows), step):
-    x = rows[at : at + step].astype(np.float64)
-    squares[at : at + step] = np.einsum('ij,ij->i', x, x)
-  return np.sqrt(squares)
+  return np.sqrt(np.einsum('ij,ij->i', rows, rows, dtype=np.float64))
 
 
 def beyond(rows: np.ndarray, bound: float) -> np.ndarray:
-  """Which of rows [n, width] have a norm above the bound, bool [n].
-
-  Rows that are not finite have not: whoever looks for them must see them.
-  """
-  if bound == math.inf:
-    return np.zeros(len(rows), bool)
-  found = norms(rows)
+  """Which rows have a norm above the bound (0: none), bool [n]. Rows that are
+  not finite have not: whoever looks for them must see them."""
+  found = norms(rows) if bound else np.zeros(len(rows))
   return (found > bound) & (found < math.inf)
 
 
 def within(rows: np.ndarray, bound: float) -> np.ndarray:
-  """The rows that are not beyond the bound."""
-  above = beyond(rows, bound)
-  return rows[~above] if above.any() else rows
+  """The other rows."""
+  return rows[~beyond(rows, bound)] if bound else rows
 
 
 def stand_in(rows: np.ndarray, bound: float) -> None:
-  """Puts others of rows [n, width] in the place of those beyond the bound.
-
-  The first of them gets the first that is within, and so on. Where there is
-  none all are scaled to the bound.
-  """
+  """Puts the first rows within the bound in the place of those beyond it; all
+  are scaled to the bound where none is within."""
   above = beyond(rows, bound)
   if above.all():
     rows *= (bound / norms(rows))[:, None].astype(rows.dtype)
   elif above.any():
-    others = np.flatnonzero(~above)
-    rows[above] = rows[np.resize(others, above.sum())]
-
-
-class Parted(NamedTuple):
-  """Moments of the rows within a bound, and of those beyond it."""
-
-  within: Moments
-  beyond: Moments
-
-  @property
-  def all(self) -> Moments:
-    return merge(self.within, self.beyond)
-
-  @property
-  def variance_beyond(self) -> float:
-    """Share of sum |x - mean|^2, of all rows, that those beyond have."""
-    (n, mean, m2, _), every = self.beyond, self.all
-    squares = m2.sum() + n * np.square(mean - every.mean).sum()
-    return float(squares / (every.m2.sum() or 1))
-
-
-def part(blocks: Iterable[np.ndarray], bound: float) -> Parted:
-  """The rows of all blocks on either side of the bound; UserError for none."""
-  inside = outside = None
-  for rows in blocks:
-    inside = merge_next(inside, within(rows, bound))
-    outside = merge_next(outside, rows[beyond(rows, bound)])
-  if inside is None or outside is None:
-    raise UserError('there are no rows to look at')
-  return Parted(inside, outside)
+    rows[above] = np.resize(rows[~above], (above.sum(), rows.shape[1]))

@@ -12,11 +12,7 @@ import numpy as np
 import xxhash
 
 from sae_jax.errors import UserError
-from sae_jax.store.audit import (
-  check_alignment,
-  check_norms,
-  check_statistics,
-)
+from sae_jax.store.audit import check_alignment, check_norms, check_statistics
 from sae_jax.store.budget import FOLDER as TRAINERS
 from sae_jax.store.checks import (
   MANIFEST,
@@ -46,7 +42,6 @@ from sae_jax.store.manifest import (
   row_parts,
 )
 from sae_jax.store.records import load_record, record_path
-from sae_jax.store.statistics import Moments
 
 
 def problems(root: str | Path) -> Iterator[str]:
@@ -81,7 +76,7 @@ def verify(root: str | Path, *, exact: bool = False) -> list[Check]:
     checksums,
     check_alignment(view, bad),
     check_statistics(view, bad, exact),
-    check_norms(view, bad, exact),
+    check_norms(view, exact),
   ]
 
 
@@ -177,16 +172,12 @@ def _record(view: View, shard: int) -> Iterator[Problem]:
   elif m.state == COMPLETE and record.files != m.shards[shard].files:
     text = f'{path}: sizes or checksums differ from the manifest: {MEND}'
     yield Problem(text, shard, RECORD)
-  elif any(_miscounted(m, shard, *it) for it in record.moments.items()):
+  elif any(
+    v.n != m.shards[shard].rows and not m.site(site).max_norm
+    for site, v in record.moments.items()
+  ):
     text = f'{path}: statistics of another number of rows: {MEND}'
     yield Problem(text, shard, RECORD)
-
-
-def _miscounted(m: Manifest, shard: int, site: str, found: Moments) -> bool:
-  """Whether moments are of another number of rows: fewer may be within a
-  bound."""
-  rows = m.shards[shard].rows
-  return found.n > rows or (found.n < rows and m.site(site).max_norm is None)
 
 
 def _strays(view: View) -> Iterator[str]:

@@ -14,7 +14,6 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.parallel.mesh import DATA, DICT, check_divides
 from sae_jax.parallel.select import MOST_SELECTED
-from sae_jax.store.plan import check_max_norm
 from sae_jax.train.keys import flatten, known, overrides_of, set_keys
 from sae_jax.train.step import SATURATED
 
@@ -35,7 +34,7 @@ _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
   'loss.aux_k', 'optim.lr_width', 'optim.clip_norm', 'optim.warmup_rows',
   'optim.decay_rows', 'train.eval_rows', 'train.keep_rows', 'act.theta',
-  'train.budget',
+  'train.budget', 'store.max_norm',
 )  # fmt: skip
 # What all members of a job have in common: the batches and the job around them.
 SHARED = (
@@ -64,8 +63,7 @@ def base_config() -> Config:
   c.store.path = ''  # folder that launch/harvest.py wrote
   c.store.site = 'layer_9.resid_post'
   c.store.window = 8  # shards whose blocks are permuted together
-  c.store.max_norm = 0.0  # rows of more than so many times the median norm are
-  # left out, another of their block in their place; 0: none (docs/store.md)
+  c.store.max_norm = 0.0  # rows beyond so many median norms are left out
   c.store.seed = -1  # order of the batches, if not by `seed`
 
   c.sae = ConfigDict()
@@ -242,7 +240,6 @@ def _validate_run(config: Config) -> None:
   for name in _NOT_NEGATIVE:
     if flat[name] < 0:
       raise UserError(f'config.{name}={flat[name]}: must not be negative')
-  check_max_norm('config.store.max_norm', config.store.max_norm)
   for name in ('optim.b1', 'optim.b2', 'optim.ema', 'act.theta_ema'):
     if not 0 <= flat[name] < 1:
       raise UserError(f'config.{name}={flat[name]}: must be in [0, 1)')

@@ -20,7 +20,6 @@ from sae_jax.parallel.mesh import P as Spec
 from sae_jax.store import reader
 from sae_jax.store.batches import BatchSource
 from sae_jax.store.manifest import local_root, read_manifest
-from sae_jax.store.statistics import part
 from sae_jax.train import growing
 from sae_jax.train.config import stream_seed
 from sae_jax.train.progress import Progress
@@ -78,23 +77,17 @@ def warn_of_size(config: Config, source: BatchSource) -> None:
 
 
 def warn_of_norms(source: BatchSource) -> None:
-  """One line when rows have many times the others' norm, or are left out for
-  it. The normaliser shards must be there (UserError)."""
+  """One line when rows have many times the others' norm, or are left out; the
+  normaliser shards must be there (UserError)."""
   root, site = source.root, source.site.name
-  if source.bound < math.inf:
+  if source.bound:
     logging.info('store: rows beyond a norm of %.4g are left out', source.bound)
-  if source.bound < math.inf or not processes.is_first():
-    return
-  limit = reader.bound_of(root, site, reader.OUTLIER)
-  found = part(reader.norm_sample(root, site), limit)
-  if line := reader.outlier_words(site, found):
-    logging.warning('store: %s', line)
-  elif (largest := reader.sizes(root, site).largest) > limit:
-    logging.warning(
-      'store: numbers of %s reach %.3g, %.0f times the median norm: see '
-      'launch/verify.py --exact, and config.store.max_norm (docs/store.md)',
-      site, largest, largest / limit * reader.OUTLIER,
-    )  # fmt: skip
+  elif processes.is_first():
+    found = reader.outliers(root, site)
+    largest = reader.sizes(root, site).largest
+    if found['share'] > 0.01 or largest > found['limit']:
+      said = f'{site}: {found["said"]}, numbers reach {largest:.3g}'
+      logging.warning('store: %s: %s', said, reader.ADVICE)
 
 
 def held_out_rows(config: Config, source: BatchSource) -> jax.Array | None:

@@ -19,7 +19,7 @@ VALUES = {
   'variance': 20.25, 'cosine': 0.9, 'relative_reconstruction_bias': 0.98765,
   'delta_loss': 0.4321, 'delta_loss_se': 0.0123, 'loss_recovered': 0.8765,
   'loss_recovered_se': None, 'ce_clean': 3.5, 'ce_splice': 3.9321,
-  'ce_zero': 7.0, 'outlier_rows': 0.001, 'outlier_variance': 0.9,
+  'ce_zero': 7.0,
 }  # fmt: skip
 METRICS = [
   {'step': i, 'rows': 100 * i, 'train/loss': 1 / i, 'train/l0': 40.0 + i}

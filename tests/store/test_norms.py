@@ -10,7 +10,7 @@ from sae_jax.store.create import create, new_folder, write_arrays
 from sae_jax.store.finish import reopen
 from sae_jax.store.manifest import Site, read_manifest
 from sae_jax.store.plan import pack_keep, plan
-from sae_jax.store.statistics import beyond, moments, norms, part, stand_in
+from sae_jax.store.statistics import beyond, moments, norms, stand_in
 from sae_jax.store.verify import verify
 from sae_jax.store.writer import open_writer
 
@@ -73,14 +73,14 @@ def test_others_of_the_block_stand_in():
   np.testing.assert_allclose(y, x[70:72] * 40 / norms(x[70:72])[:, None], 1e-6)
 
 
-def test_what_share_of_the_variance_they_carry():
+def test_what_share_of_the_variance_they_carry(store):
   x, large = planted(), [5, 70, 71, 200]
-  found = part([x[:64], x[64:]], 40)
-  squares = np.square(x - x.mean(0, dtype=np.float64)).sum(1)
-  assert (found.within.n, found.beyond.n) == (ROWS - 4, 4)
+  found = reader.outliers(store, 'a', [x[:64], x[64:]])
+  mean = reader.normalizer(store, 'a').mean.astype(np.float64)
+  squares = np.square(x - mean).sum(1)
+  assert found['count'] == 4 and '4 of 300 rows' in found['said']
   share = squares[large].sum() / squares.sum()
-  np.testing.assert_allclose(found.variance_beyond, share, 1e-6)
-  assert part([x], np.inf).variance_beyond == 0
+  np.testing.assert_allclose(found['share'], share, 1e-6)
 
 
 def test_batches_without_them_whoever_reads_which_part(store):
@@ -122,11 +122,11 @@ def test_a_store_with_a_bound_of_its_own(tmp_path, dtype):
   x = planted([5, 70, 71, 200, *range(256, 300)])
   m = bounded(tmp_path, x, dtype, 40.0)
   (site,) = m.sites
-  assert site.left_out == 48 and site.all_max_abs < 40
+  assert site.all_rows == ROWS - 48 and site.all_max_abs < 40
   shards = range(len(m.shards))
-  rows = np.concatenate(
-    [r for r, _ in reader.shard_blocks(tmp_path, 'a', shards)]
-  )
+  blocks = [r for r, _ in reader.shard_blocks(tmp_path, 'a', shards)]
+  rows = np.concatenate(blocks)
+  rows = rows[norms(rows) <= 40]
   assert len(rows) == ROWS - 48
   rows = rows.astype(np.float64)
   np.testing.assert_allclose(site.all_mean, rows.mean(0), 1e-9)
@@ -134,37 +134,40 @@ def test_a_store_with_a_bound_of_its_own(tmp_path, dtype):
   assert norms(np.concatenate([batches[i] for i in range(2)])).max() < 41
   checks = verify(tmp_path) + verify(tmp_path, exact=True)
   assert not any(check.problems or check.warnings for check in checks)
-  assert '48 beyond 40 are left out' in checks[-1].looked_at
+  assert '48 are left out' in checks[-1].looked_at
   assert reopen(tmp_path, m).sites[0].max_norm == 40  # written again: the same
 
 
 def test_a_count_that_contradicts_the_records_is_found(tmp_path):
   bounded(tmp_path, planted(), 'float32', 40.0)
   path = tmp_path / 'manifest.json'
-  path.write_text(path.read_text().replace('"left_out": 4', '"left_out": 3'))
+  path.write_text(
+    path.read_text().replace('"all_rows": 296', '"all_rows": 297')
+  )
   (line,) = [p.text for check in verify(tmp_path) for p in check.problems]
-  assert 'left_out are not those of the records' in line
+  assert 'all_rows are not those of the records' in line
 
 
 def test_verification_warns_of_them(store, tmp_path):
   (*_, check) = verify(store)
   (line,) = check.warnings
-  assert '4 of 300 rows' in line and '99% of the variance' in line
+  assert '2 of 64 rows' in line and '97.5% of the variance' in line
   assert 'store.max_norm=10' in line and not check.problems
+  assert '4 of 300 rows' in verify(store, exact=True)[-1].looked_at
   write_arrays(
     tmp_path / 'ordinary', {'a': planted([])}, rows_per_shard=64,
     rows_per_block=BLOCK,
   )  # fmt: skip
   (*_, check) = verify(tmp_path / 'ordinary')
-  assert not check.warnings and ' 0 of 300 rows' in check.looked_at
+  assert not check.warnings and ' 0 of 64 rows' in check.looked_at
 
 
 def test_a_store_from_before_the_bound(store):
   m = read_manifest(store)
-  assert m.sites[0].max_norm is None and m.sites[0].left_out is None
+  assert not m.sites[0].max_norm and m.sites[0].all_rows is None
   path = store / 'manifest.json'
   lines = path.read_text().splitlines(keepends=True)
-  kept = [s for s in lines if '"max_norm"' not in s and '"left_out"' not in s]
+  kept = [s for s in lines if '"max_norm"' not in s and '"all_rows"' not in s]
   text = ''.join(kept).replace(',\n  }', '\n  }')
   assert len(kept) == len(lines) - 2
   path.write_text(text)
