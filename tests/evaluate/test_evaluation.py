@@ -123,6 +123,16 @@ def test_rows_of_huge_norm_are_told_or_left_out(run_dir, tmp_path, caplog):
   np.testing.assert_allclose(found['figures']['variance'], variance, 1e-6)
 
 
+def test_the_model_keeps_the_rows_that_were_left_out(run_dir):
+  before = job.evaluate(run_dir, contexts=0)['figures']
+  config = json.loads((run_dir / 'config.json').read_text())
+  config['store']['max_norm'] = 1.0  # half of them
+  (run_dir / 'config.json').write_text(json.dumps(config))
+  after = job.evaluate(run_dir, contexts=0)['figures']
+  assert after['ce_clean'] == before['ce_clean']
+  assert after['ce_zero'] != before['ce_zero']
+
+
 def refuses(run_dir, match, **arguments):
   with pytest.raises(UserError, match=match):
     job.evaluate(run_dir, **arguments)
