@@ -7,6 +7,7 @@ manifest; evaluation.json and report.html are left in the run folder.
 import contextlib
 import datetime
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from sae_jax.evaluate import figures, report
 from sae_jax.evaluate.contexts import top_contexts
 from sae_jax.evaluate.held_out import HeldOut, read_held_out, spread
 from sae_jax.evaluate.reconstruction import Reconstruction, reconstruction
+from sae_jax.evaluate.rows import first
 from sae_jax.evaluate.splice import Splice, splice_loss
 from sae_jax.lm.model import check_head
 from sae_jax.lm.subject import Subject, load_subject, weights_sha256
@@ -105,21 +107,26 @@ def evaluate(
       subject = subject if language_model else None  # its weights go here
     log.info('run: %s at step %d, store: %s', run_dir, run.step, run.store)
     site, width = run.config.store.site, run.config.sae.d_in
-    read = lambda: reader.held_out(run.store, site)
+    bound = reader.bound_of(run.store, site, run.config.store.max_norm)
+    read = lambda bound=bound: reader.held_out(run.store, site, bound)
     with _timed(seconds, 'reconstruction'):
       limit = min(rows, run.held_out.rows)
       rebuilt = reconstruction(run.sae, read(), width=width, limit=limit)
+      every = (x for x, _ in first(read(0), limit))
+      outliers = reader.outliers(run.store, site, every)
+    if outliers['share'] > 0.01 and not bound:
+      log.warning('held out: %s: %s', outliers['said'], reader.ADVICE)
     spliced = None
     if subject:
       with _timed(seconds, 'language_model'):
-        spliced = splice(run, subject, sequences)
+        spliced = splice(run, subject, sequences, bound)
     del subject  # the rest does not need its weights
     with _timed(seconds, 'contexts'):
       features = top_contexts(
         run.sae, read, lambda i: run.held_out.tokens[i], rebuilt.fired,
-        rows=limit, width=width, latents=contexts,
+        rows=rebuilt.rows, width=width, latents=contexts,
       )  # fmt: skip
-  result = record(run, rebuilt, spliced, seconds)
+  result = record(run, rebuilt, outliers, spliced, seconds)
   report.write(run_dir, result, features, tokenizer, place)
   return result
 
@@ -185,7 +192,7 @@ def open_model(
   return subject
 
 
-def splice(run: Run, subject: Subject, sequences: int) -> Splice:
+def splice(run: Run, subject: Subject, sequences: int, bound: float) -> Splice:
   """Delta loss on sequences spread over the held-out split."""
   held_out = run.held_out
   if not held_out.whole:
@@ -203,12 +210,14 @@ def splice(run: Run, subject: Subject, sequences: int) -> Splice:
     held_out.stored[chosen],
     pad=run.manifest.policy.get('padding_token'),
     latents=run.config.sae.latents,
+    bound=bound or math.inf,
   )
 
 
 def record(
   run: Run,
   rebuilt: Reconstruction,
+  outliers: dict[str, Any],
   spliced: Splice | None,
   seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -236,6 +245,7 @@ def record(
       'latents': config.sae.latents,
     },
     'rows': rebuilt.rows,
+    'outliers': outliers,
     'sequences': spliced.sequences if spliced else 0,
     'held_out_sequences': run.held_out.whole,
     'predictions': spliced.predictions if spliced else 0,

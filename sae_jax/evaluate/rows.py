@@ -41,7 +41,7 @@ def chunks(
   with tqdm(
     total=limit, desc=label, unit=' rows', unit_scale=True, disable=None
   ) as bar:
-    for block in _first(blocks, limit):
+    for block in first(blocks, limit):
       waiting.append(block)
       count += len(block[0])
       if count < size:
@@ -64,7 +64,7 @@ def chunks(
       bar.update(count)
 
 
-def _first(blocks: Blocks, limit: int) -> Iterator:
+def first(blocks: Blocks, limit: int) -> Iterator:
   """The blocks, cut off after `limit` rows."""
   for rows, tokens in blocks:
     if limit <= 0:

@@ -4,6 +4,7 @@ Only positions the SAE was trained on are replaced, and only predictions made
 from such a position are counted.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -47,12 +48,13 @@ def splice_loss(
   *,
   pad: int | None = None,
   latents: int,
+  bound: float = math.inf,
 ) -> Splice:
   """Delta loss and loss recovered at `site` over sequences tokens [n, T].
 
   trained [n, T] marks the positions whose activations the SAE was trained
-  on: they alone are replaced. A prediction counts when it is made from such
-  a position t and its target, the token at t + 1, exists and is not `pad`.
+  on: they alone are replaced, up to a norm of `bound`. A prediction counts when
+  it is made from any of them, and its target, the next token, is not `pad`.
   Other special tokens count as targets: the model was trained to predict
   the end of a text.
   """
@@ -66,7 +68,7 @@ def splice_loss(
       part = slice(start, start + batch)
       fed = [_pad_rows(a[part], batch) for a in (tokens, trained, counted)]
       out = sequence_losses(
-        params, sae, *fed, cfg=cfg, site=site, rows=chunk_rows(latents)
+        params, sae, *fed, bound, cfg=cfg, site=site, rows=chunk_rows(latents)
       )
       taken = len(tokens[part])
       sums.append(np.asarray(out, np.float64)[:, :taken])
@@ -81,6 +83,7 @@ def sequence_losses(
   tokens: jax.Array,
   trained: jax.Array,
   counted: jax.Array,
+  bound: float = math.inf,
   *,
   cfg: LMConfig,
   site: str,
@@ -97,11 +100,14 @@ def sequence_losses(
     x_hat = jax.lax.map(code, x.reshape(-1, x.shape[-1]), batch_size=rows)
     return x_hat.reshape(x.shape).astype(x.dtype)
 
+  def seen(x):
+    norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+    return (trained & (norm <= bound))[..., None]
+
   def loss(replacement=None):
     edits = {}
     if replacement is not None:
-      edit = lambda x: jnp.where(trained[..., None], replacement(x), x)
-      edits = {site: edit}
+      edits = {site: lambda x: jnp.where(seen(x), replacement(x), x)}
     logits = forward(params, cfg, tokens, edits=edits).logits
     assert logits is not None  # forward gives them unless told not to
     nats = next_token_loss(logits, tokens)

@@ -40,6 +40,7 @@ def base_config() -> Config:
   c.harvest.skip_first = 1  # first positions of a sequence without rows
   c.harvest.skip_special = True  # no rows for control tokens, BOS, EOS
   c.harvest.skip_tokens = ()  # nor for these ids
+  c.harvest.max_norm = 0.0  # readers leave out rows beyond so many median norms
 
   c.store = ConfigDict()
   c.store.path = ''  # folder to write
@@ -94,6 +95,8 @@ def check_config(config: Config) -> None:
     )
   if h.rows < 0:
     raise UserError(f'harvest.rows: {h.rows}; use 0 for all rows, or more')
+  if not 0 <= h.max_norm < 1e9:
+    raise UserError(f'harvest.max_norm: {h.max_norm}; use 0 for none, or 10')
   if not 0 <= h.seed < 2**63:
     raise UserError(f'harvest.seed: {h.seed}; use 0 to 2^63 - 1')
   check_dtype('harvest.compute_dtype', h.compute_dtype, COMPUTE)
@@ -138,6 +141,8 @@ def recorded(config: Config) -> dict[str, Any]:
   data = config.to_dict()
   for key in ('sites', 'skip_tokens'):
     data['harvest'][key] = list(data['harvest'][key])
+  if not config.harvest.max_norm:  # as stores from before the key
+    del data['harvest']['max_norm']
   for key in ('path', 'keep_bytes', 'trainers'):
     del data['store'][key]
   del data['task'], data['distributed'], data['harvest']['beyond_context']

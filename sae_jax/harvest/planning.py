@@ -38,10 +38,10 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import differing_keys, least_rows, plan
 from sae_jax.store.sequences import Spool, spool
-from sae_jax.store.statistics import Moments, merge_all, moments
+from sae_jax.store.statistics import Moments, merge_all, moments, norms, within
 
-# Tokens run through the model to find the columns' offsets and scales of int8
-# rows: the standard deviation is then known to a percent.
+# Tokens run through the model to find the median norm, and the columns' offsets
+# and scales of int8 rows: the standard deviation is then known to a percent.
 _SAMPLE = 16_384
 
 R = TypeVar('R')
@@ -100,8 +100,8 @@ def begin(
       Site(site, site_width(subject.cfg, site), config.store.dtype)
       for site in config.harvest.sites
     ]
-    if config.store.dtype == 'int8':  # computed by all together
-      sites = with_columns(sites, config, run, packed, alone)
+    if config.store.dtype == 'int8' or config.harvest.max_norm:
+      sites = measured(sites, config, run, packed, alone)  # by all together
     first_process(
       lambda: packed and write_plan(root, config, text, subject, sites, packed),
       alone,
@@ -253,36 +253,41 @@ def write_plan(
   return create(root, manifest, packed.sequences, packed.keep, packed.places)
 
 
-def sample_sequences(config: Config) -> int:
-  """Sequences that int8 columns are measured on, in whole batches."""
-  b, T = config.harvest.batch_sequences, config.harvest.sequence_length
-  return -(-_SAMPLE // (b * T)) * b
-
-
-def with_columns(
+def measured(
   sites: list[Site],
   config: Config,
   run: Forward,
   packed: Packed | None,
   alone: bool,
 ) -> list[Site]:
-  """The sites with the offset and scale of every column for int8 rows.
+  """The sites with the norm beyond which rows are left out, and with the offset
+  and scale of every column for int8 rows.
 
   From the first sequences of the store without position 0, whose norm is up
-  to 100 times the others'.
+  to 100 times the others', and without what is beyond a bound of the batch.
   """
-  count, b = sample_sequences(config), config.harvest.batch_sequences
-  T, skip = config.harvest.sequence_length, max(config.harvest.skip_first, 1)
+  times = config.harvest.max_norm
+  b, T = config.harvest.batch_sequences, config.harvest.sequence_length
+  count, skip = -(-_SAMPLE // (b * T)) * b, max(config.harvest.skip_first, 1)
   tokens = np.zeros((count, T), np.int32)
   if packed is not None:  # a short text is repeated
     tokens = np.resize(packed.sequences[:count], (count, T))
   if not alone:
     tokens = np.asarray(multihost_utils.broadcast_one_to_all(tokens))
   found: dict[str, list[Moments]] = {site.name: [] for site in sites}
+  sizes: dict[str, list[np.ndarray]] = {site.name: [] for site in sites}
   for at in range(0, count, b):  # one at a time: they hold collectives
     for name, rows in jax.device_get(run(tokens[at : at + b])).items():
-      kept = rows.reshape(b, T, -1)[:, skip:]
-      found[name].append(moments(kept.reshape(-1, kept.shape[-1])))
+      kept = rows.reshape(b, T, -1)[:, skip:].reshape(b * (T - skip), -1)
+      sizes[name].append(norms(kept))
+      kept = within(kept, times * np.median(sizes[name][-1]))
+      found[name].append(moments(kept))
+  medians = {k: float(np.median(np.concatenate(v))) for k, v in sizes.items()}
+  sites = [
+    dataclasses.replace(s, max_norm=times * medians[s.name]) for s in sites
+  ]
+  if config.store.dtype != 'int8':
+    return sites
   return [
     dataclasses.replace(site, offset=offset, scale=scale)
     for site in sites

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.store import reader
 from sae_jax.store.checks import (
   RECORD,
   STATISTICS,
@@ -30,7 +31,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.records import load_record, with_statistics
 from sae_jax.store.sequences import Sequences, shard_tokens
-from sae_jax.store.statistics import Moments, merge, moments_of
+from sae_jax.store.statistics import Moments, merge, moments_of, within
 
 Bad = Collection[tuple[int | None, str]]
 
@@ -193,11 +194,12 @@ def _shard_problem(
   try:
     file = view.rows_file(site.name, shard)
     if full:
-      blocks = (file.read(b) for b in range(file.blocks))
+      blocks = (within(file.read(b), site.max_norm) for b in range(file.blocks))
       wrong = _differs(moments_of(blocks), said)
     else:
       blocks = range(0, file.blocks, -(-file.blocks // _BLOCKS))
       rows = np.concatenate([file.read(b) for b in blocks])
+      rows = within(rows, site.max_norm)
       wrong = _improbable(rows.astype(np.float64), said, _comparisons(view))
   except UserError:  # named by the checks before this one, or removed
     return None
@@ -205,6 +207,25 @@ def _shard_problem(
     where = _path(view, site_part(site.name), shard)
     return Problem(f'{where}: {wrong}: {MEND}', shard, RECORD)
   return None
+
+
+def check_norms(view: View, exact: bool) -> Check:
+  """How many rows have many times the median norm, in a sample of the
+  normaliser shards (`exact`: of all); a warning where they matter."""
+  m, said, warnings = view.manifest, [], []
+  for site in m.sites:
+    try:
+      shards = list(view.files) if exact else []
+      every = reader.shard_blocks(view.root, site.name, shards)
+      rows = (x for x, _ in every) if exact else None
+      found = reader.outliers(view.root, site.name, rows)
+    except UserError as error:  # named by the checks before, or not there yet
+      return Check('norms', '', skipped=str(error))
+    left = f'; {m.rows - site.all_rows:,} are left out' if site.all_rows else ''
+    said.append(f'{site.name}: {found["said"]}{left}')
+    if found['share'] > 0.01 and not site.max_norm:
+      warnings.append(f'{said[-1]}: {reader.ADVICE}')
+  return Check('norms', '; '.join(said), warnings=tuple(warnings))
 
 
 def _comparisons(view: View) -> int:
@@ -237,6 +258,8 @@ def _improbable(x: np.ndarray, said: Moments, comparisons: int) -> str:
   n, log = len(x), math.log(2 * comparisons / _FALSE_ALARM)
   if said.mean.shape != x.shape[1:]:
     return f'the means of its record are {said.mean.shape[0]} numbers'
+  if not n:  # all are beyond a bound
+    return ''
   deviation, sigma = np.abs(x - said.mean), np.sqrt(said.m2 / said.n)
   bound = sigma * math.sqrt(2 * log / n) + deviation.max(0) * log / (3 * n)
   # The last bits of a column that is constant.

@@ -25,7 +25,9 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.memory import Pool
 from sae_jax.store.order import block_order
+from sae_jax.store.reader import bound_of
 from sae_jax.store.records import finished_files
+from sae_jax.store.statistics import stand_in
 
 
 class BatchSource:
@@ -37,6 +39,7 @@ class BatchSource:
   is blocks [i n, (i+1) n) of the stream, n = batch_rows / rows_per_block; it
   may begin in one epoch and end in the next. Of every batch cut into `of`
   parts, `parts` are read. There is no last batch: `len` is sys.maxsize.
+  For rows that are left out (`reader.bound_of`) others of their block stand in.
 
   A store that is still being written gives the same batches; `missing(i)`
   says what batch i waits for. Attributes: root, manifest, site (the
@@ -57,13 +60,14 @@ class BatchSource:
     window: int,
     parts: Sequence[int] = (0,),
     of: int = 1,
+    max_norm: float = 0.0,
     check_sizes: bool = True,
     multiple_of: int = 1,
   ):
     self.root = root = local_root(root)
     self.manifest = manifest = read_manifest(root, complete=False)
     self.site = manifest.site(site)
-    self.batch_rows, self.seed = batch_rows, seed
+    self.batch_rows, self.seed, self._max_norm = batch_rows, seed, max_norm
     self.parts, self.of = sorted(parts), of
     self._check(window, multiple_of)
     self.rows = batch_rows // of * len(self.parts)
@@ -128,6 +132,11 @@ class BatchSource:
       self._finished[shard] = files
     return True
 
+  @functools.cached_property
+  def bound(self) -> float:
+    """See `bound_of`; with max_norm the normaliser shards must be there."""
+    return bound_of(self.root, self.site.name, self._max_norm)
+
   def missing(self, i: int) -> int | None:
     """The first shard of batch i that is not written yet, None if all are."""
     if len(self._finished) == len(self.manifest.training_shards):
@@ -188,6 +197,9 @@ class BatchSource:
         rest.append((file, block, rows))
     for file, block, rows in rest:
       file.read_into(block, rows)
+    if self.bound:
+      for at in range(0, len(out), block_rows):
+        stand_in(out[at : at + block_rows], self.bound)
     return out
 
   def _open_file(self, shard: int) -> ShardFile:

@@ -82,7 +82,8 @@ def _as_planned(manifest: Manifest) -> Manifest:
     }
     shards.append(dataclasses.replace(entry, files=files))
   sites = tuple(
-    Site(s.name, s.width, s.dtype, s.offset, s.scale) for s in manifest.sites
+    Site(s.name, s.width, s.dtype, s.offset, s.scale, s.max_norm)
+    for s in manifest.sites
   )
   return dataclasses.replace(
     manifest, state=WRITING, shards=tuple(shards), sites=sites

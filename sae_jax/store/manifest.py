@@ -46,9 +46,11 @@ class Site:
   """One place in the subject model: vectors of `width` numbers.
 
   offset and scale [width] belong to int8 rows and are fixed before the first
-  row. The statistics (in float64, of the rows as stored) are None while
+  row; so is max_norm, beyond which (0: no bound) readers and statistics leave
+  rows out. The statistics (in float64, of the rows as stored) are None while
   writing: of the normaliser shards, and of all rows of the store. all_max_abs,
-  their largest |number|, is also None in stores older than it.
+  their largest |number|, is also None in stores older than it; all_rows, how
+  many they are, is there with a bound.
   """
 
   name: str
@@ -56,6 +58,7 @@ class Site:
   dtype: str
   offset: list[float] | None = None
   scale: list[float] | None = None
+  max_norm: float = 0.0
   mean: list[float] | None = None
   mean_squared_norm_centred: float | None = None
   mean_squared_norm_raw: float | None = None
@@ -63,6 +66,7 @@ class Site:
   all_mean_squared_norm_centred: float | None = None
   all_mean_squared_norm_raw: float | None = None
   all_max_abs: float | None = None
+  all_rows: int | None = None
 
   @property
   def read_dtype(self) -> np.dtype:

@@ -4,11 +4,12 @@ Works on a store that is still being written, for what is there of it. Needs
 numpy, not jax. Training batches are in batches.py.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -29,7 +30,13 @@ from sae_jax.store.records import (
   norm_moments,
   read_record,
 )
-from sae_jax.store.statistics import Moments
+from sae_jax.store.statistics import Moments, beyond, moments_of, norms, within
+
+_SAMPLE = 16_384  # rows for the median norm: within a percent of their spread
+OUTLIER = (
+  10.0  # median norms: sinks have a hundred, ordinary tokens up to three
+)
+ADVICE = 'train without them by --config.store.max_norm=10 (docs/store.md)'
 
 
 def await_shards(
@@ -60,22 +67,26 @@ def waiting_for(root: Path, shard: int, shards: int) -> str:
 
 
 def held_out(
-  root: str | Path, site: str
+  root: str | Path, site: str, bound: float | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Blocks of the held-out shards in file order.
 
   Yields (rows [n, width] in the stored dtype, tokens [n, 3] int32: sequence,
-  position, token id), n = rows_per_block or less at the end of a shard. Files
-  are checked before this returns, blocks as they are read (UserError).
+  position, token id), n = rows_per_block or less: at the end of a shard, and
+  less the rows of a norm above `bound` (0: none; None: the store's). Files are
+  checked before this returns, blocks as they are read (UserError).
   """
   manifest = read_manifest(root, complete=False)
-  return shard_blocks(root, site, range(manifest.held_out_shards))
+  blocks = shard_blocks(root, site, range(manifest.held_out_shards))
+  bound = manifest.site(site).max_norm if bound is None else bound
+  kept = ((x, tokens, ~beyond(x, bound)) for x, tokens in blocks)
+  return ((x[k], tokens[k]) for x, tokens, k in kept)
 
 
 def shard_blocks(
-  root: str | Path, site: str, shards: range
+  root: str | Path, site: str, shards: Iterable[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """As `held_out`, for any range of shards."""
+  """As `held_out`, all rows of any shards."""
   root = local_root(root)
   manifest = read_manifest(root, complete=False)
   manifest.site(site)
@@ -119,8 +130,47 @@ def sequence(root: str | Path, i: int) -> np.ndarray:
   raise UserError(f'sequence: {i} of {manifest.sequences} at {root}')
 
 
-def normalizer(root: str | Path, site: str) -> Normalizer:
-  """Mean and mean squared norms of the normaliser shards.
+def norm_sample(root: str | Path, site: str) -> Iterator[np.ndarray]:
+  """Blocks of the first rows of the normaliser shards, which lie there in
+  random order. UserError before they are written."""
+  m = read_manifest(root, complete=False)
+  found = shard_blocks(root, site, range(m.held_out_shards, m.pinned_shards))
+  count = -(-_SAMPLE // m.rows_per_block)
+  return (rows for rows, _ in itertools.islice(found, count))
+
+
+def bound_of(root: str | Path, site: str, max_norm: float) -> float:
+  """The norm above which rows are left out, 0 for none: the store's own, or
+  `max_norm` times the median of `norm_sample` where that is less."""
+  own = read_manifest(root, complete=False).site(site).max_norm
+  if not max_norm:
+    return own
+  found = np.concatenate([norms(x) for x in norm_sample(root, site)])
+  return min(own or math.inf, max_norm * float(np.median(found)))
+
+
+def outliers(
+  root: str | Path, site: str, blocks: Iterable | None = None
+) -> dict[str, Any]:
+  """count of the rows of blocks (None: `norm_sample`) are beyond OUTLIER times
+  the median norm and have a share of sum |x - mean|^2; said: the same."""
+  limit, mean = bound_of(root, site, OUTLIER), normalizer(root, site).mean
+  sums = np.zeros((2, 2))  # of all and of the outliers: rows, |x - mean|^2
+  for x in norm_sample(root, site) if blocks is None else blocks:
+    far = np.stack([np.ones(len(x)), norms(x - mean) ** 2])
+    sums += far.sum(1), far[:, beyond(x, limit)].sum(1)
+  (rows, squares), (count, theirs) = sums.tolist()
+  share = theirs / (squares or 1)
+  said = (
+    f'{count:,.0f} of {rows:,.0f} rows, those of a norm above {limit:.4g}, '
+  )
+  said += f'have {share:.1%} of the variance'
+  return dict(count=int(count), share=share, limit=limit, said=said)
+
+
+def normalizer(root: str | Path, site: str, bound: float = 0) -> Normalizer:
+  """Mean and mean squared norms of the normaliser shards; of `norm_sample` with
+  a bound that is not the store's own.
 
   The same numbers while a store grows and when it is complete. UserError when
   those shards are not written yet.
@@ -128,6 +178,9 @@ def normalizer(root: str | Path, site: str) -> Normalizer:
   root = local_root(root)
   manifest = read_manifest(root, complete=False)
   entry = manifest.site(site)
+  if bound not in (0, entry.max_norm):
+    m = moments_of(within(x, bound) for x in norm_sample(root, site))
+    return Normalizer(m.mean.astype(np.float32), *mean_squared_norms(m))
   centred, raw = entry.mean_squared_norm_centred, entry.mean_squared_norm_raw
   if entry.mean is not None and centred is not None and raw is not None:
     return Normalizer(np.array(entry.mean, np.float32), centred, raw)

@@ -180,4 +180,5 @@ def with_statistics(site: Site, norm: Moments, every: Moments) -> Site:
     all_mean_squared_norm_centred=all_centred,
     all_mean_squared_norm_raw=all_raw,
     all_max_abs=every.max_abs,
+    all_rows=every.n if site.max_norm else None,
   )

@@ -31,7 +31,7 @@ from sae_jax.store.manifest import (
 )
 from sae_jax.store.plan import block_checksums
 from sae_jax.store.records import Record, write_record
-from sae_jax.store.statistics import merge_next
+from sae_jax.store.statistics import merge_next, within
 
 PAGE = 4096  # what direct writes are aligned to
 _WRITE = 16 << 20  # bytes of one write
@@ -114,7 +114,7 @@ def _checksums(
     for raw, rows in _blocks(site, full.rows, step):
       hashes.append(xxhash.xxh3_64_intdigest(raw.view(np.uint8).data))
       with np.errstate(invalid='ignore', over='ignore'):
-        total = merge_next(total, rows)
+        total = merge_next(total, within(rows, site.max_norm))
     if total is None or not np.isfinite(total.m2).all():
       blocks = _blocks(site, full.rows, step)
       bad = [~np.isfinite(rows).all(1) for _, rows in blocks]

@@ -5,6 +5,7 @@ against it, as residual streams' are; centred moments merge without that loss.
 """
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ def moments(rows: np.ndarray, near: np.ndarray | None = None) -> Moments:
   guess: m2 loses a factor 1 + (mean - near)^2 / variance.
   """
   n, width = rows.shape
+  if not n:  # all of them are beyond a bound
+    return Moments(0, np.zeros(width), np.zeros(width), 0.0)
   step = max(_PIECE // width, 1)
   guess = rows[:step].astype(np.float64).mean(0) if near is None else near
   total, squares, most = np.zeros(width), np.zeros(width), 0.0
@@ -52,6 +55,8 @@ def moments(rows: np.ndarray, near: np.ndarray | None = None) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
   """Moments of both sets of rows (Chan, Golub, LeVeque 1979, eq. 2.1)."""
+  if not b.n:
+    return a
   n = a.n + b.n
   delta = b.mean - a.mean
   most = None
@@ -83,3 +88,30 @@ def moments_of(blocks: Iterable[np.ndarray]) -> Moments:
   if found is None:
     raise ValueError('no block')
   return found
+
+
+def norms(rows: np.ndarray) -> np.ndarray:
+  """|x| of rows [n, width], float64 [n]."""
+  return np.sqrt(np.einsum('ij,ij->i', rows, rows, dtype=np.float64))
+
+
+def beyond(rows: np.ndarray, bound: float) -> np.ndarray:
+  """Which rows have a norm above the bound (0: none), bool [n]. Rows that are
+  not finite have not: whoever looks for them must see them."""
+  found = norms(rows) if bound else np.zeros(len(rows))
+  return (found > bound) & (found < math.inf)
+
+
+def within(rows: np.ndarray, bound: float) -> np.ndarray:
+  """The other rows."""
+  return rows[~beyond(rows, bound)] if bound else rows
+
+
+def stand_in(rows: np.ndarray, bound: float) -> None:
+  """Puts the first rows within the bound in the place of those beyond it; all
+  are scaled to the bound where none is within."""
+  above = beyond(rows, bound)
+  if above.all():
+    rows *= (bound / norms(rows))[:, None].astype(rows.dtype)
+  elif above.any():
+    rows[above] = np.resize(rows[~above], (above.sum(), rows.shape[1]))

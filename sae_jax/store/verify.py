@@ -13,7 +13,7 @@ import xxhash
 
 from sae_jax.errors import UserError
 from sae_jax.locks import HELD
-from sae_jax.store.audit import check_alignment, check_statistics
+from sae_jax.store.audit import check_alignment, check_norms, check_statistics
 from sae_jax.store.budget import FOLDER as TRAINERS
 from sae_jax.store.checks import (
   MANIFEST,
@@ -66,7 +66,7 @@ def verify(root: str | Path, *, exact: bool = False) -> list[Check]:
   view = look(root)
   files = check_files(view)
   if any(p.part == MANIFEST for p in files.problems):
-    others = ('checksums', 'alignment', 'statistics')
+    others = ('checksums', 'alignment', 'statistics', 'norms')
     reason = 'the manifest contradicts itself'
     return [files, *(Check(name, '', skipped=reason) for name in others)]
   bad = {(p.shard, p.part) for p in files.problems}
@@ -77,6 +77,7 @@ def verify(root: str | Path, *, exact: bool = False) -> list[Check]:
     checksums,
     check_alignment(view, bad),
     check_statistics(view, bad, exact),
+    check_norms(view, exact),
   ]
 
 
@@ -172,7 +173,10 @@ def _record(view: View, shard: int) -> Iterator[Problem]:
   elif m.state == COMPLETE and record.files != m.shards[shard].files:
     text = f'{path}: sizes or checksums differ from the manifest: {MEND}'
     yield Problem(text, shard, RECORD)
-  elif any(v.n != m.shards[shard].rows for v in record.moments.values()):
+  elif any(
+    v.n != m.shards[shard].rows and not m.site(site).max_norm
+    for site, v in record.moments.items()
+  ):
     text = f'{path}: statistics of another number of rows: {MEND}'
     yield Problem(text, shard, RECORD)
 

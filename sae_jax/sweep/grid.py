@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 _SPARSITY = ('loss.l0_coef', 'loss.target_l0', 'act.k')
 # Keys that came after studies had been made, with their defaults: part of an id
 # only where they have another value, so that ids stay what they were.
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {'store.max_norm': 0.0}
 # Figures of a point that has ended ({} for one that failed), None before.
 Results = Callable[[str], Mapping[str, float] | None]
 

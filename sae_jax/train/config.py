@@ -33,7 +33,7 @@ _NOT_NEGATIVE = (
   'loss.l0_coef', 'loss.target_l0', 'loss.l0_warmup_rows', 'loss.aux_coef',
   'loss.aux_k', 'optim.lr_width', 'optim.clip_norm', 'optim.warmup_rows',
   'optim.decay_rows', 'train.eval_rows', 'train.keep_rows', 'act.theta',
-  'train.budget',
+  'train.budget', 'store.max_norm',
 )  # fmt: skip
 # What all members of a job have in common: the batches and the job around them.
 SHARED = (
@@ -62,6 +62,7 @@ def base_config() -> Config:
   c.store.path = ''  # folder that launch/harvest.py wrote
   c.store.site = 'layer_9.resid_post'
   c.store.window = 8  # shards whose blocks are permuted together
+  c.store.max_norm = 0.0  # rows beyond so many median norms are left out
   c.store.seed = -1  # order of the batches, if not by `seed`
 
   c.sae = ConfigDict()

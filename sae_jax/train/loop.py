@@ -36,6 +36,7 @@ from sae_jax.train.rows import (
   held_out_rows,
   next_batch,
   open_source,
+  warn_of_norms,
   warn_of_size,
 )
 from sae_jax.train.run import (
@@ -70,8 +71,9 @@ def train(config: Config, run_dir: str) -> States:
   # be there; whatever can be refused without them has been.
   reader.await_shards(source.root, range(source.manifest.pinned_shards))
   warn_of_size(config, source)
+  processes.agreed(lambda: warn_of_norms(source))
   with jax.set_mesh(mesh):
-    held_out = processes.agreed(lambda: held_out_rows(config))
+    held_out = processes.agreed(lambda: held_out_rows(config, source))
   with (
     jax.set_mesh(mesh),
     _locked(_runs(config, folder)),
@@ -280,7 +282,9 @@ def restore_or_init(
     rows = records[0]['position']
     logging.info('going on from step %d (%d rows)', step, rows)
     return states, step, records
-  mean, centred, raw = reader.normalizer(source.root, source.site.name)
+  mean, centred, raw = reader.normalizer(
+    source.root, source.site.name, source.bound
+  )
   if not centred:  # sums of equal numbers are exact
     raise UserError(
       f'config.store.path: the rows of {source.site.name} in {source.root} '

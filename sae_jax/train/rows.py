@@ -43,7 +43,7 @@ def open_source(
     parts, of = sorted({p * readable // of for p in parts}), readable
   source = BatchSource(
     c.path, c.site, batch, seed=stream_seed(config), window=c.window,
-    parts=parts, of=of,
+    parts=parts, of=of, max_norm=c.max_norm,
     check_sizes=config.train.on_bad_block == 'stop',
     multiple_of=config.mesh.data * config.train.micro_batches,
   )  # fmt: skip
@@ -77,7 +77,21 @@ def warn_of_size(config: Config, source: BatchSource) -> None:
     )  # fmt: skip
 
 
-def held_out_rows(config: Config) -> jax.Array | None:
+def warn_of_norms(source: BatchSource) -> None:
+  """One line when rows have many times the others' norm, or are left out; the
+  normaliser shards must be there (UserError)."""
+  root, site = source.root, source.site.name
+  if source.bound:
+    logging.info('store: rows beyond a norm of %.4g are left out', source.bound)
+  elif processes.is_first():
+    found = reader.outliers(root, site)
+    largest = reader.sizes(root, site).largest
+    if found['share'] > 0.01 or largest > found['limit']:
+      said = f'{site}: {found["said"]}, numbers reach {largest:.3g}'
+      logging.warning('store: %s: %s', said, reader.ADVICE)
+
+
+def held_out_rows(config: Config, source: BatchSource) -> jax.Array | None:
   """The first config.train.eval_size held-out rows [n@data, D], or as many as
   there are; None when nothing needs them, or, without evaluations, there are
   none."""
@@ -87,7 +101,7 @@ def held_out_rows(config: Config) -> jax.Array | None:
     return None
   c, taken = config.store, []
   unit, size = config.mesh.data, config.train.eval_size
-  for rows, _ in reader.held_out(c.path, c.site):
+  for rows, _ in reader.held_out(c.path, c.site, source.bound):
     taken.append(rows)
     if sum(map(len, taken)) >= size:
       break

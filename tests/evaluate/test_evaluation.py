@@ -121,6 +121,43 @@ def test_a_store_and_a_model_that_moved(run_dir, store, tmp_path):
   assert result['store'] == str(tmp_path / 'moved')
 
 
+def test_rows_of_huge_norm_are_told_or_left_out(run_dir, tmp_path, caplog):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(128, 16)).astype(np.float32)
+  x[[5, 70]] *= 100  # one is held out
+  write_arrays(
+    tmp_path / 's', {fakes.SITE: x}, rows_per_shard=64, rows_per_block=16
+  )
+  evaluate = lambda: job.evaluate(
+    run_dir, language_model=False, store_path=str(tmp_path / 's')
+  )
+  result = evaluate()
+  (line,) = [s for s in caplog.messages if 'max_norm' in s]
+  assert '1 of 64 rows' in line and result['outliers']['said'] in line
+  assert result['rows'] == 64 and result['figures']['variance'] > 1000
+  config = json.loads((run_dir / 'config.json').read_text())
+  config['store']['max_norm'] = 10.0
+  (run_dir / 'config.json').write_text(json.dumps(config))
+  caplog.clear()
+  found = evaluate()
+  assert not [s for s in caplog.messages if 'max_norm' in s]
+  assert found['rows'] == 63
+  assert found['outliers'] == result['outliers']
+  assert found['outliers']['count'] == 1
+  variance = np.delete(x[:64], 5, 0).astype(np.float64).var(0).sum()
+  np.testing.assert_allclose(found['figures']['variance'], variance, 1e-6)
+
+
+def test_the_model_keeps_the_rows_that_were_left_out(run_dir):
+  before = job.evaluate(run_dir, contexts=0)['figures']
+  config = json.loads((run_dir / 'config.json').read_text())
+  config['store']['max_norm'] = 1.0  # half of them
+  (run_dir / 'config.json').write_text(json.dumps(config))
+  after = job.evaluate(run_dir, contexts=0)['figures']
+  assert after['ce_clean'] == before['ce_clean']
+  assert after['ce_zero'] != before['ce_zero']
+
+
 def refuses(run_dir, match, **arguments):
   with pytest.raises(UserError, match=match):
     job.evaluate(run_dir, **arguments)

@@ -107,6 +107,13 @@ def test_untrained_positions_are_never_replaced(lm, text):
   assert (sums(everywhere, first)[1] != clean).all()
 
 
+def test_rows_beyond_the_bound_are_never_replaced(lm, text):
+  clean = run(lm, fakes.zero_sae(D), text).ce_clean
+  within = run(lm, fakes.zero_sae(D), text, bound=0.0)
+  assert within.ce_splice == within.ce_zero == clean
+  assert run(lm, fakes.zero_sae(D), text, bound=1e9).ce_splice != clean
+
+
 def test_only_predictions_from_trained_positions_count(lm, text):
   """Nothing changes when the targets of other positions do."""
   tokens, keep = text

@@ -120,11 +120,11 @@ def test_the_program(store, tmp_path):
   names = [
     line.split()[:2] for line in done.stdout.splitlines() if line[0] != ' '
   ]
-  assert names[:4] == [
+  assert names[:5] == [
     ['files', 'ok'], ['checksums', 'ok'], ['alignment', 'ok'],
-    ['statistics', 'ok'],
+    ['statistics', 'ok'], ['norms', 'ok'],
   ]  # fmt: skip
-  assert names[4] == ['model', 'skipped'] and 'is not here' in done.stdout
+  assert names[5] == ['model', 'skipped'] and 'is not here' in done.stdout
 
   flipped(SITE, 2)(store)
   done = launch(f'--store={store}')

@@ -71,7 +71,7 @@ def store(whole, tmp_path):
 def found_by(root, **kwargs):
   """{check: its problems' lines} of those that have any."""
   checks = verify(root, **kwargs)
-  names = ['files', 'checksums', 'alignment', 'statistics']
+  names = ['files', 'checksums', 'alignment', 'statistics', 'norms']
   assert [check.name for check in checks] == names
   return {
     check.name: [problem.text for problem in check.problems]
@@ -88,8 +88,9 @@ def test_a_sound_store_has_no_problem(store):
   before = damage.contents(store)
   assert found_by(store) == {} and found_by(store, exact=True) == {}
   checks = verify(store)
-  assert [check.state for check in checks] == ['ok'] * 4
-  assert not any(check.warnings for check in checks)
+  assert [check.state for check in checks] == ['ok'] * 5
+  assert not any(check.warnings for check in checks[:4])
+  assert len(checks[4].warnings) == 3  # of the outlier tokens of each site
   assert '71 files of 5 shards' in checks[0].looked_at
   assert '300 tokens' in checks[2].looked_at
   assert '1 shards in full' in checks[3].looked_at

@@ -40,7 +40,7 @@ def test_a_study_outlives_a_new_key(store, tmp_path, monkeypatch):
   config = studies.base(store)
   del config.optim['ema']
   old = grid.id_of(config)
-  monkeypatch.setattr(grid, 'LATER', {'optim.ema': 0.0})
+  monkeypatch.setattr(grid, 'LATER', grid.LATER | {'optim.ema': 0.0})
   config = studies.base(store)
   assert grid.id_of(config) == old
   open_study = lambda c: study.open_study(

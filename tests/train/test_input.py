@@ -252,3 +252,38 @@ def test_sizes_of_a_store_that_grows(tmp_path):
   norm = x[SHARD : 2 * SHARD]  # shard 0 is held out
   found = reader.sizes(tmp_path / 'store', GROWING)
   assert found.exact and found.largest == float(np.abs(norm).max())
+
+
+def test_rows_of_huge_norm_are_told_and_left_out(tmp_path, config, caplog):
+  x = planted_rows(1024)[0]
+  large = np.arange(1024) % 256 == 5  # in every shard, held out too
+  x[large] *= 100
+  config.store.path = str(stored(tmp_path / 'store', x))
+  with caplog.at_level(logging.INFO, 'absl'):
+    rows.warn_of_norms(rows.open_source(config))
+    (line,) = caplog.messages
+    assert '1 of 256 rows' in line and '--config.store.max_norm=10' in line
+    config.store.max_norm = 10.0
+    state = loop.train(config, str(tmp_path / 'run'))
+  assert [s for s in caplog.messages if s.endswith('are left out')]
+  assert len([s for s in caplog.messages if 'max_norm=10' in s]) == 1
+  norm = state.sae.norm_in  # of the rows 256 to 511 without row 261
+  kept = np.delete(x[256:512], 5, 0)
+  np.testing.assert_allclose(norm.mean, kept.mean(0), 1e-5)
+  np.testing.assert_allclose(norm.scale, np.sqrt(kept.var(0).sum()), 1e-5)
+  config.train.eval_rows = 64
+  with jax.set_mesh(make_mesh(1, 1)):
+    found = rows.held_out_rows(config, rows.open_source(config))
+  assert found is not None and len(found) == 255
+  assert np.linalg.norm(found, axis=1).max() < 10
+
+
+def test_one_huge_number_beyond_the_sample_is_told(tmp_path, config, caplog):
+  x = planted_rows(1024)[0]
+  x[900, 5] = 2e3
+  config.store.path = str(stored(tmp_path / 'store', x))
+  source = rows.open_source(config)
+  with caplog.at_level(logging.WARNING, 'absl'):
+    rows.warn_of_norms(source)
+  (line,) = caplog.messages
+  assert 'reach 2e+03' in line and '0 of 256 rows' in line
