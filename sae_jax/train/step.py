@@ -97,7 +97,7 @@ def make_update(
     metrics = {
       'train/loss': out.loss,
       'train/mse': terms.mse,
-      'train/fvu': terms.fvu,
+      'train/fvu': terms.mse / objectives.variance(state.sae.norm_in(x)),
       'train/l0': terms.l0,
       'train/penalty': terms.penalty,
       'train/dead': (since >= config.loss.dead_rows).mean(),
@@ -207,4 +207,5 @@ def _in_rows(
 def evaluate(state: State, x: jax.Array) -> Metrics:
   """Scalar metrics of the SAE on held-out raw rows x [B@data, D]."""
   terms = held_out_terms(final_sae(state.sae, state.ema), x)
-  return {'eval/fvu': terms.fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}
+  fvu = terms.mse / objectives.variance(state.sae.norm_in(x))
+  return {'eval/fvu': fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}
