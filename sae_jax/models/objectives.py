@@ -194,16 +194,6 @@ def _loss(batch: Batch, penalties, l0, fired, seen, dense):
   return mse + penalty, terms
 
 
-def variance(t: jax.Array) -> jax.Array:
-  """mean_b |t_b - mean t|^2 of rows t [B@data, E], what there is to explain.
-
-  About a shift near the mean: of |t|^2 nothing is left in float32 where the
-  mean is 10^4 deviations away, and a sum of such rows is off by one of them.
-  """
-  t = t - mean_rows(t)
-  return _squared(t) - jnp.square(mean_rows(t)).sum()
-
-
 def _squared(x: jax.Array) -> jax.Array:
   """mean_b |x_b|^2."""
   return mean_rows(jnp.square(x).sum(-1))
