@@ -25,18 +25,11 @@ class Terms(NamedTuple):
   """
 
   mse: jax.Array  # mean over rows of |t - t_hat|^2
-  power: jax.Array  # mean over rows of |t|^2
-  mean: jax.Array  # [E] mean over rows of t
   l0: jax.Array  # mean active latents of a row
   penalty: jax.Array  # loss - mse
   fired: jax.Array  # [F@dict] bool: active in at least one row
   seen: jax.Array  # [] what the activation's `update` wants to know
   dense: jax.Array  # 0 where only the candidates were looked at, else 1
-
-  @property
-  def fvu(self) -> jax.Array:
-    """mse over the variance of the targets around their own mean."""
-    return self.mse / (self.power - jnp.square(self.mean).sum())
 
 
 class Batch(NamedTuple):
@@ -130,7 +123,7 @@ def loss(
   active = jax.lax.stop_gradient(f) != 0
   count = sum_latents(active.sum(-1, dtype=t.dtype).mean())
   seen = activations.observe(sae.act, f)
-  return _loss(batch, penalties, t, count, active.any(0), seen, 1.0)
+  return _loss(batch, penalties, count, active.any(0), seen, 1.0)
 
 
 class Variables(NamedTuple):
@@ -179,16 +172,14 @@ def loss_of_codes(
   fired = jnp.zeros_like(sae.b_enc, bool)
   fired = fired.at[code.index].max(active, mode='drop')
   seen = activations.observe(sae.act, f)
-  return _loss(batch, penalties, t, count, fired, seen, 0.0)
+  return _loss(batch, penalties, count, fired, seen, 0.0)
 
 
-def _loss(batch: Batch, penalties, t, l0, fired, seen, dense):
+def _loss(batch: Batch, penalties, l0, fired, seen, dense):
   mse = _squared(batch.error)
   penalty = sum((p(batch) for p in penalties), jnp.zeros_like(mse))
   terms = Terms(
     mse=mse,
-    power=jnp.square(t).sum(-1).mean(),
-    mean=t.mean(0),
     l0=l0,
     penalty=penalty,
     fired=fired,

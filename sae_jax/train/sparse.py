@@ -29,7 +29,7 @@ from sae_jax.parallel.mesh import (
 )
 
 # How the terms of a batch lie on the mesh.
-TERMS: Any = Terms(*[P()] * 5, fired=P(DICT), seen=P(), dense=P())  # type: ignore
+TERMS: Any = Terms(*[P()] * 3, fired=P(DICT), seen=P(), dense=P())  # type: ignore
 
 
 class Found(NamedTuple):

@@ -9,7 +9,7 @@ import optax
 
 from sae_jax.config import Config
 from sae_jax.models import activations, objectives
-from sae_jax.parallel.mesh import split_latents
+from sae_jax.parallel.mesh import mean_rows, split_latents
 from sae_jax.train import optim
 from sae_jax.train import touched as touch
 from sae_jax.train.gradients import gradients, held_out_terms, threshold
@@ -98,7 +98,7 @@ def make_update(
     metrics = {
       'train/loss': out.loss,
       'train/mse': terms.mse,
-      'train/fvu': terms.fvu,
+      'train/fvu': _fvu(terms, state, x),
       'train/l0': terms.l0,
       'train/penalty': terms.penalty,
       'train/dead': (since >= config.loss.dead_rows).mean(),
@@ -233,4 +233,16 @@ def make_settle(config: Config) -> Callable[[State, jax.Array], State] | None:
 def evaluate(state: State, x: jax.Array) -> Metrics:
   """Scalar metrics of the SAE on held-out raw rows x [B@data, D]."""
   terms = held_out_terms(final_sae(state.sae, state.ema), x)
-  return {'eval/fvu': terms.fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}
+  fvu = _fvu(terms, state, x)
+  return {'eval/fvu': fvu, 'eval/l0': terms.l0, 'eval/mse': terms.mse}
+
+
+def _fvu(terms: objectives.Terms, state: State, x: jax.Array) -> jax.Array:
+  """mse over the mean square of what rows x differ by from their own mean.
+
+  Not over E|x|^2 - |E x|^2: in float32 nothing is left of that where the rows
+  lie 1,000 deviations from zero. From raw rows: no second [B, D] is made.
+  """
+  x = x.astype(jnp.float32)
+  t = (x - mean_rows(x)) / state.sae.norm_in.scale
+  return terms.mse / mean_rows(jnp.square(t).sum(-1))

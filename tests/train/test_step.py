@@ -301,3 +301,20 @@ def test_evaluation_in_chunks_is_that_of_all_rows(mesh, name, monkeypatch):
   found = compiled(s, x)
   for key, value in whole.items():
     assert found[key] == pytest.approx(float(value), rel=1e-5), key
+
+
+def test_fvu_of_rows_far_from_zero_that_are_not_centred():
+  """1e4 deviations away, against float64 (was negative)."""
+  x = 0.1 * _rows() + np.float32(1e3)
+  scale = np.sqrt(np.square(x, dtype=np.float64).sum(1).mean())
+  norm = Norm(np.zeros(D, np.float32), np.float32(scale))
+  with jax.set_mesh(make_mesh(2, 4)):
+    config = _config('topk')
+    s = jax.jit(lambda norm: state.init_state(config, norm))(norm)
+    x_on = jax.device_put(x, spec(DATA, None))
+    found = jax.device_get(step.evaluate(s, x_on))
+    found |= jax.device_get(step.make_step(config)(s, x_on)[1])
+  variance = x.astype(np.float64).var(0).sum() / scale**2
+  for part in ('train', 'eval'):
+    expected = found[f'{part}/mse'] / variance
+    assert found[f'{part}/fvu'] == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,53 @@
+"""Metrics on a disk that is full for a while, or for good."""
+
+import contextlib
+import resource
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from test_loop import _records
+
+from sae_jax.train.writer import Writer, read_metrics
+
+
+@contextlib.contextmanager
+def full(*files):
+  """No file grows far beyond the largest of these: a part of a line fits."""
+  size = max(file.stat().st_size for file in files) + 30
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write(writer, *steps):
+  for step in steps:
+    values = {f'train/{i}': float('nan') if i else 0.5 for i in range(12)}
+    writer.write(step, 64 * step, values)
+
+
+@pytest.mark.parametrize('for_good', [False, True])
+def test_a_full_disk_keeps_nothing_waiting(tmp_path, caplog, for_good):
+  """Lines wait in memory, and no thread with them; one warning a file, none of
+  what is not a number."""
+  writer = Writer(tmp_path, 0, 0)
+  write(writer, 1)
+  (events,) = (tmp_path / 'tensorboard').iterdir()
+  with full(events, tmp_path / 'metrics.jsonl'):
+    write(writer, *range(2, 40))
+    assert [m['step'] for m in read_metrics(tmp_path)] == [1]
+    if for_good:
+      writer.close()
+  if not for_good:
+    write(writer, 40)
+    writer.close()
+    assert [m['step'] for m in read_metrics(tmp_path)] == list(range(1, 41))
+    found = map(Event.FromString, _records(events.read_bytes()))
+    steps = [e.step // 64 for e in found if e.summary.value]
+    assert steps == list(range(1, 41))
+  said = [r.getMessage() for r in caplog.records]
+  assert sum('training goes on' in line for line in said) == 2
+  assert sum('lacks its last lines' in line for line in said) == 2 * for_good
+  assert len(said) == 2 + 2 * for_good
