@@ -1,8 +1,7 @@
-"""Compiled programs on disk: the second start of a job compiles nothing.
+"""Compiled programs on disk: a second start compiles nothing.
 
-JAX keeps them, and knows them by program, versions, flags and instruction set.
-JAX_COMPILATION_CACHE_DIR takes another folder,
-JAX_ENABLE_COMPILATION_CACHE=false none.
+JAX keeps them, by program, versions, flags and instruction set. Elsewhere with
+JAX_COMPILATION_CACHE_DIR, nowhere with JAX_ENABLE_COMPILATION_CACHE=false.
 """
 
 import contextlib
@@ -15,78 +14,58 @@ from absl import flags, logging
 
 from sae_jax.paths import cache_dir
 
-# A run of the demo leaves 0.3 MB, so a thousand of them.
-_MAX_BYTES = 300_000_000
+_MAX_BYTES = 300_000_000  # a run of the demo leaves 300,000
 _LEAST = 'jax_persistent_cache_min_compile_time_secs'
 
 
 def use_cache() -> None:
   """Lets JAX keep compiled programs, unless the user said where, or not to.
 
-  Several processes as one job need a folder that all of them see: where only
-  some compile, those wait for the others (GPUs tune kernels together). So there
-  it is used when the user names one.
+  For several processes as one job the user must: the first writes, and where
+  GPUs tune kernels together those that do not find it would wait for it.
   """
-  import jax  # not before --help
+  from jax import config  # not before --help
 
-  config = jax.config
   said = config.jax_compilation_cache_dir is not None
   several = getattr(flags.FLAGS, 'coordinator', '')
   if said or several or not config.jax_enable_compilation_cache:
     return
+  # XLA cuts programs for CPUs to the number of cores, and JAX asks not for it.
+  linux = hasattr(os, 'sched_getaffinity')
+  cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+  # Compiled code is run: nobody else may write there.
+  folder = Path(cache_dir('compiled', f'user{os.getuid()}-{cores}cores'))
   try:
-    folder = _folder()
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     _prune(folder)
-  except (OSError, RuntimeError) as error:
+  except OSError as error:
     return logging.info('compiled programs are not kept: %s', error)
   config.update('jax_compilation_cache_dir', str(folder))
-  # What is already there is read from a folder that cannot be written.
-  least = 0.0 if os.access(folder, os.W_OK) else float('inf')
-  config.update(_LEAST, least)
-  _mend(folder)
-
-
-def _folder() -> Path:
-  """Of this user (whoever writes there has code run) and number of cores,
-  which XLA's programs for CPUs are cut for and JAX does not look at."""
-  known = hasattr(os, 'sched_getaffinity')  # not on macOS
-  cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
-  folder = Path(cache_dir('compiled', f'user{os.getuid()}-{cores}cores'))
-  folder.mkdir(0o700, parents=True, exist_ok=True)
-  if folder.stat().st_uid != os.getuid():
-    raise PermissionError(f'{folder} is of another user')
-  return folder
-
-
-def _prune(folder: Path) -> None:
-  """Removes what was used longest ago, above the bound. (JAX's own bound needs
-  locks that some file systems lack, and a folder that can be written.)"""
-  files = [(p.stat(), p) for p in folder.glob('*-cache')]
-  files.sort(key=lambda f: max(f[0].st_atime, f[0].st_mtime), reverse=True)
-  room = _MAX_BYTES
-  for stat, path in files:
-    room -= stat.st_size
-    if room < 0:
-      path.unlink(missing_ok=True)
-
-
-def _mend(folder: Path) -> None:
-  """Removes what JAX says it cannot read or could not write: it writes in
-  place, and never again what a full disk or a kill left of an entry."""
-  import jax
-
+  config.update(_LEAST, 0.0 if os.access(folder, os.W_OK) else float('inf'))
   show = warnings.showwarning
 
   def shown(message, *rest, **more) -> None:
+    """JAX writes in place, and never again what a full disk or a kill left."""
     line = ' '.join(str(message).split())
     found = re.search(r"(\w+) persistent compilation cache .*? '(.*?)'", line)
     if not found:
       return show(message, *rest, **more)
     logging.warning('%s (%s)', line, folder)
     if found[1] == 'writing':  # once is enough
-      jax.config.update(_LEAST, float('inf'))
+      config.update(_LEAST, float('inf'))
     with contextlib.suppress(OSError):
       for path in folder.glob(f'{found[2]}-*-cache'):
         path.unlink(missing_ok=True)
 
   warnings.showwarning = shown
+
+
+def _prune(folder: Path) -> None:
+  """Removes what was used longest ago. (JAX's own bound needs locks, which some
+  file systems lack, and fails for good after a kill.)"""
+  used = lambda p: max(p.stat().st_atime, p.stat().st_mtime)
+  room = _MAX_BYTES
+  for path in sorted(folder.glob('*-cache'), key=used, reverse=True):
+    room -= path.stat().st_size
+    if room < 0:
+      path.unlink(missing_ok=True)
