@@ -26,9 +26,9 @@ def use_cache() -> None:
   """
   from jax import config  # not before --help
 
-  said = config.jax_compilation_cache_dir is not None
+  said = config.values['jax_compilation_cache_dir'] is not None
   several = getattr(flags.FLAGS, 'coordinator', '')
-  if said or several or not config.jax_enable_compilation_cache:
+  if said or several or not config.values['jax_enable_compilation_cache']:
     return
   # XLA cuts programs for CPUs to the number of cores, and JAX asks not for it.
   linux = hasattr(os, 'sched_getaffinity')

@@ -14,13 +14,14 @@ from sae_jax import compile_cache
 from sae_jax.compile_cache import use_cache
 
 DIR = 'jax_compilation_cache_dir'
+ON = 'jax_enable_compilation_cache'
 LEAST = 'jax_persistent_cache_min_compile_time_secs'
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """A cache folder for a program whose user said nothing of compiling."""
-  before = {name: getattr(jax.config, name) for name in (DIR, LEAST)}
+  before = {name: getattr(jax.config, name) for name in (DIR, LEAST, ON)}
   monkeypatch.setenv('SAE_JAX_CACHE', str(tmp_path))
   monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
   jax.config.update(DIR, None)
@@ -64,7 +65,7 @@ def test_no_folder_of_ours(cache, monkeypatch, why):
   if own:
     jax.config.update(DIR, own)
   elif why == 'off':
-    monkeypatch.setattr(type(jax.config), 'jax_enable_compilation_cache', False)
+    jax.config.update(ON, False)
   elif why == 'several':
     monkeypatch.setitem(vars(flags.FLAGS), 'coordinator', 'auto')
   else:
