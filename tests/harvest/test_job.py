@@ -9,7 +9,7 @@ import pytest
 from tiny_harvest import CFG, SITES, tiny_config, tiny_subject, write_text
 
 from sae_jax.errors import UserError
-from sae_jax.harvest import job
+from sae_jax.harvest import arithmetic, job
 from sae_jax.harvest.job import harvest
 from sae_jax.lm.model import forward
 from sae_jax.store import reader
@@ -125,6 +125,31 @@ def test_a_complete_store_is_reused_without_the_model(store, text, monkeypatch):
   config = tiny_config(text, store)
   assert harvest(config, SUBJECT) == read_manifest(store)
   assert {p: p.stat().st_mtime_ns for p in store.rglob('*')} == before
+
+
+def test_auto_arithmetic_is_what_was_faster_when_it_was_planned(
+  text, tmp_path, monkeypatch
+):
+  def config(dtype, name):
+    c = tiny_config(text, tmp_path / name)
+    c.harvest.compute_dtype = dtype
+    return c
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  real = arithmetic.speeds
+  fast = lambda dtype: lambda *a: real(*a) | {dtype: 1e15}
+  monkeypatch.setattr(arithmetic, 'speeds', fast('bfloat16'))
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(job, 'fill_share', stop)
+    harvest(config('auto', 'auto'), SUBJECT)
+  monkeypatch.setattr(arithmetic, 'speeds', fast('float32'))
+  auto = harvest(config('auto', 'auto'), SUBJECT)
+  assert auto.config == harvest(config('bfloat16', 'own'), SUBJECT).config
+  for path in (tmp_path / 'own' / 'sites').rglob('*.bin'):
+    other = tmp_path / 'auto' / path.relative_to(tmp_path / 'own')
+    assert path.read_bytes() == other.read_bytes()
 
 
 def test_another_config_text_or_model_is_refused(store, text, tmp_path):
