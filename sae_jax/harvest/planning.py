@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.harvest.arithmetic import faster
+from sae_jax.harvest.arithmetic import faster, speeds
 from sae_jax.harvest.config import recorded, sizes
 from sae_jax.harvest.files import Text
 from sae_jax.harvest.packing import pack
@@ -92,7 +92,7 @@ def begin(
         with_budget(root, old, config)
         return None
       if config.harvest.compute_dtype == 'auto':
-        config.harvest.compute_dtype = faster(config, make)
+        config.harvest.compute_dtype = faster(speeds(config, make))
       length = config.harvest.sequence_length
       pieces = stack.enter_context(spool(root, length))
       return fill_spool(pieces, config, text, subject, keep)

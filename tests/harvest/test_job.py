@@ -9,7 +9,7 @@ import pytest
 from tiny_harvest import CFG, SITES, tiny_config, tiny_subject, write_text
 
 from sae_jax.errors import UserError
-from sae_jax.harvest import arithmetic, job
+from sae_jax.harvest import job, planning
 from sae_jax.harvest.job import harvest
 from sae_jax.lm.model import forward
 from sae_jax.store import reader
@@ -138,13 +138,13 @@ def test_auto_arithmetic_is_what_was_faster_when_it_was_planned(
   def stop(*_):
     raise KeyboardInterrupt
 
-  real = arithmetic.speeds
+  real = planning.speeds
   fast = lambda dtype: lambda *a: real(*a) | {dtype: 1e15}
-  monkeypatch.setattr(arithmetic, 'speeds', fast('bfloat16'))
+  monkeypatch.setattr(planning, 'speeds', fast('bfloat16'))
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(job, 'fill_share', stop)
     harvest(config('auto', 'auto'), SUBJECT)
-  monkeypatch.setattr(arithmetic, 'speeds', fast('float32'))
+  monkeypatch.setattr(planning, 'speeds', fast('float32'))
   auto = harvest(config('auto', 'auto'), SUBJECT)
   assert auto.config == harvest(config('bfloat16', 'own'), SUBJECT).config
   for path in (tmp_path / 'own' / 'sites').rglob('*.bin'):
