@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from sae_jax.compile_cache import use_cache
 from sae_jax.errors import UserError
 
 # What a disk or a path of the user's can do to any program.
@@ -26,6 +27,7 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(_: Sequence[str]) -> None:
     try:
+      use_cache()
       main()
     except UserError as error:
       stop(error)

@@ -4,9 +4,11 @@ Everything lies in the cache folder ($SAE_JAX_CACHE); what a former run of the
 same demo left there is used again. Run it through scripts/quickstart.sh.
 """
 
+import functools
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -27,11 +29,26 @@ _BUDGET = flags.DEFINE_enum(
 _RECIPE = flags.DEFINE_list(
   'recipe', ['jumprelu', 'topk'], 'What to train: jumprelu, topk or both.'
 )
+_MINUTES = flags.DEFINE_float(
+  'minutes', 10, 'About so long at most, with fewer rows and latents if need '
+  'be; 0: however long. Installation and downloads come on top.', lower_bound=0,
+)  # fmt: skip
+_FIT = flags.DEFINE_string(
+  'fit', '', 'Only write to this file what fits into --minutes here.'
+)
 RECIPES = ('jumprelu', 'topk')
 SMALL = {
-  'harvest': {'harvest.rows': 40_000, 'store.rows_per_shard': 8192},
+  'harvest': {
+    'harvest.rows': 40_000, 'store.rows_per_shard': 8192,
+    'harvest.compute_dtype': 'float32',
+  },
   'train': {'train.rows': 150_000, 'sae.latents': 1024},
-}
+}  # fmt: skip
+# What the configs take, and what else costs time: seconds to start a program
+# and compile; in tokens through the model's first ten layers in float32 a row
+# of training and an evaluation (two cores of a Zen 3: 2,000 tokens/s).
+ROWS, TRAINING_ROWS, LATENTS = 500_000, 600_000, 4096
+START, TRAINED, EVALUATED = 8, {'jumprelu': 0.5, 'topk': 0.28}, 100_000
 
 
 class Stage(NamedTuple):
@@ -48,8 +65,17 @@ def main() -> None:
   for name in _RECIPE.value:
     if name not in RECIPES:
       raise UserError(f'--recipe={name}: use one of {", ".join(RECIPES)}')
-  changes = SMALL if small else {'harvest': {}, 'train': {}}
+  if _FIT.value:
+    return fit(_FIT.value)
   stages = [run_stage('fetch', 'scripts/fetch_demo.py')]
+  changes = SMALL
+  if not small:
+    given = f'--minutes={_MINUTES.value}', f'--recipe={",".join(_RECIPE.value)}'
+    path = cache_dir('runs', f'quickstart-{digest("fit", VERSION, given)}.json')
+    given, there = (f'--fit={path}', *given), os.path.exists(path)
+    stages.append(run_stage('measure', __file__, *given, done=there))
+    changes = json.loads(Path(path).read_text())
+    print(*overrides(changes['harvest'] | changes['train']), flush=True)
   store, stage = harvest(changes['harvest'])
   stages.append(stage)
   runs = {}
@@ -57,6 +83,42 @@ def main() -> None:
     runs[name], done = train_and_evaluate(name, store, changes['train'], small)
     stages += done
   print_tables(runs, stages)
+
+
+def fit(path: str) -> None:
+  """Measures one batch of the harvest in each arithmetic, and writes changes of
+  the configs with which all stages take --minutes."""
+  from sae_jax.harvest import arithmetic, job
+  from sae_jax.lm.subject import load_subject
+
+  config = runpy.run_path(str(ROOT / 'configs' / 'harvest.py'))['get_config']()
+  make = functools.partial(job.make_forward, load_subject(config.model))
+  speed = arithmetic.speeds(config, make)
+  dtype = arithmetic.faster(speed)
+  changes, seconds = fitting(dtype, speed, _MINUTES.value, _RECIPE.value)
+  print(f'about {seconds / 60:.0f} minutes from here')
+  write_atomic(path, json.dumps(changes))
+
+
+def fitting(
+  dtype: str, speed: dict[str, float], minutes: float, recipes: list[str]
+) -> tuple[dict, float]:
+  """Changes of the configs, and the seconds that all stages then take: at most
+  the configs' rows, and fewer latents before less than half of the rows."""
+  slow, n = speed['float32'], len(recipes)
+  fixed = START * (1 + 2 * n) + n * EVALUATED / slow
+  trained = TRAINING_ROWS * sum(TRAINED[name] for name in recipes) / slow
+  latents, part = 2 * LATENTS, 0.0
+  while part < 0.4 and latents > LATENTS // 4:
+    latents //= 2
+    whole = ROWS / speed[dtype] + trained * latents / LATENTS
+    part = min((60 * minutes - fixed) / whole, 1) if minutes else 1
+  part = max(part, 0.1)
+  harvest = {'harvest.rows': int(part * ROWS), 'harvest.compute_dtype': dtype}
+  if part < 0.6:  # of several shards still
+    harvest['store.rows_per_shard'] = 2**14
+  train = {'train.rows': int(part * TRAINING_ROWS), 'sae.latents': latents}
+  return {'harvest': harvest, 'train': train}, fixed + part * whole
 
 
 def harvest(changes: dict) -> tuple[str, Stage]:

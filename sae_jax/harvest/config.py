@@ -9,7 +9,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.store.plan import check_dtype, check_rows, check_sizes
 
-COMPUTE = ('float32', 'bfloat16')
+COMPUTE = ('auto', 'float32', 'bfloat16')
 
 
 def base_config() -> Config:
@@ -35,7 +35,9 @@ def base_config() -> Config:
   c.harvest.sequence_length = 128  # T, BOS included
   c.harvest.beyond_context = False  # allow more than the model was made for
   c.harvest.batch_sequences = 16  # sequences in one forward pass
-  c.harvest.compute_dtype = 'float32'  # or 'bfloat16': the model's arithmetic
+  # The model's arithmetic, or 'bfloat16', or 'auto': what is faster here,
+  # measured on one batch when the store is planned, and recorded in the plan.
+  c.harvest.compute_dtype = 'float32'
   c.harvest.seed = 0  # order of the documents, and of the rows in a shard
   c.harvest.skip_first = 1  # first positions of a sequence without rows
   c.harvest.skip_special = True  # no rows for control tokens, BOS, EOS

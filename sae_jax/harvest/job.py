@@ -6,6 +6,7 @@ whoever is killed goes on at its first missing shard.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Collection
@@ -84,22 +85,25 @@ def harvest(
   written nothing exists, after that the same call goes on.
   """
   check_config(config)
+  config = config.copy_and_resolve_references()  # 'auto' is decided in it
   root = local_root(config.store.path)
   text = scan(config.text)
   if manifest := reusable(root, config, text, subject):
     logging.info('store: %s is complete, nothing to do', root)
     return manifest
   share = share_of(config)
+  h = config.harvest
+  if h.compute_dtype == 'auto' and not share.alone:
+    h.compute_dtype = 'float32'  # one process alone cannot measure
   with model_mesh(config, share):
-    subject = subject or load_subject(
-      config.model, jnp.dtype(config.harvest.compute_dtype)
-    )
+    loaded = 'float32' if h.compute_dtype == 'auto' else h.compute_dtype
+    subject = subject or load_subject(config.model, jnp.dtype(loaded))
     model.check_sites(subject.cfg, config.harvest.sites)
-    if not config.harvest.beyond_context:
-      check_length(config.harvest.sequence_length, subject.cfg.context)
-    run = make_forward(subject, config)
-    begin(root, config, text, subject, run, keep, share.alone)
-    del subject  # its weights are held by `run`
+    if not h.beyond_context:
+      check_length(h.sequence_length, subject.cfg.context)
+    make = functools.partial(make_forward, subject)
+    run = begin(root, config, text, subject, make, keep, share.alone)
+    del subject, make  # its weights are held by `run`
     with disk_errors_are_users(root):
       fill_share(root, config, run, share)
       return finish(root)
@@ -172,7 +176,10 @@ def make_forward(subject: Subject, config: Config) -> Forward:
   sites = tuple(config.harvest.sites)
   stored = jnp.float32 if config.store.dtype == 'int8' else config.store.dtype
   mesh = jax.sharding.get_mesh()
-  cfg, params = subject.cfg, subject.params
+  cfg, dtype = subject.cfg, jnp.dtype(config.harvest.compute_dtype)
+  params = jax.tree.map(  # in case they were loaded before that was decided
+    lambda w: w.astype(dtype) if w.ndim > 1 else w, subject.params
+  )
   if not mesh.empty:
     specs = model.specs(cfg, mesh.shape[DICT])
     params = jax.tree.map(
@@ -189,7 +196,7 @@ def make_forward(subject: Subject, config: Config) -> Forward:
       tokens,
       sites=sites,
       logits=False,
-      dtype=jnp.dtype(config.harvest.compute_dtype),
+      dtype=dtype,
     )
     rows = {site: x.astype(stored) for site, x in out.activations.items()}
     if not mesh.empty:  # one all-gather of what is stored, to every process

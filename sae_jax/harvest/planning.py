@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.harvest.arithmetic import faster, speeds
 from sae_jax.harvest.config import recorded, sizes
 from sae_jax.harvest.files import Text
 from sae_jax.harvest.packing import pack
@@ -69,11 +70,12 @@ def begin(
   config: Config,
   text: Text,
   subject: Subject,
-  run: Forward,
+  make: Callable[[Config], Forward],
   keep: Filter | None,
   alone: bool,
-) -> None:
-  """Leaves the plan of the store at `root`, made now or found there.
+) -> Forward:
+  """Leaves the plan of the store at `root`, made now or found there, and in
+  `config` the compute_dtype that the plan has; returns make(config).
 
   alone: whether this process acts alone; else all processes call this
   together, and the first one reads and writes.
@@ -89,13 +91,16 @@ def begin(
       if old := existing(root, config, text, subject):
         with_budget(root, old, config)
         return None
+      if config.harvest.compute_dtype == 'auto':
+        config.harvest.compute_dtype = faster(speeds(config, make))
       length = config.harvest.sequence_length
       pieces = stack.enter_context(spool(root, length))
       return fill_spool(pieces, config, text, subject, keep)
 
     packed, due = first_process(pack_text, alone)
+    run = make(config)
     if not due:
-      return
+      return run
     sites = [
       Site(site, site_width(subject.cfg, site), config.store.dtype)
       for site in config.harvest.sites
@@ -106,6 +111,7 @@ def begin(
       lambda: packed and write_plan(root, config, text, subject, sites, packed),
       alone,
     )
+    return run
 
 
 def first_process(
@@ -137,11 +143,14 @@ def existing(
 ) -> Manifest | None:
   """The manifest in the folder, if there is one.
 
-  Raises UserError when it is of another config, text or model.
+  A compute_dtype 'auto' in `config` becomes the plan's. Raises UserError when
+  it is of another config, text or model.
   """
   if not (root / FILE).exists():
     return None
   old = read_manifest(root, complete=False)
+  if config.harvest.compute_dtype == 'auto' and 'harvest' in old.config:
+    config.harvest.compute_dtype = old.config['harvest']['compute_dtype']
   keys = differing_keys(old.config, recorded(config))
   if old.text.get('sha256') != text.sha256:
     keys.append('text (sha256)')

@@ -129,6 +129,31 @@ def test_a_complete_store_is_reused_without_the_model(store, text, monkeypatch):
   assert {p: p.stat().st_mtime_ns for p in store.rglob('*')} == before
 
 
+def test_auto_arithmetic_is_what_was_faster_when_it_was_planned(
+  text, tmp_path, monkeypatch
+):
+  def config(dtype, name):
+    c = tiny_config(text, tmp_path / name)
+    c.harvest.compute_dtype = dtype
+    return c
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  real = planning.speeds
+  fast = lambda dtype: lambda *a: real(*a) | {dtype: 1e15}
+  monkeypatch.setattr(planning, 'speeds', fast('bfloat16'))
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(job, 'fill_share', stop)
+    harvest(config('auto', 'auto'), SUBJECT)
+  monkeypatch.setattr(planning, 'speeds', fast('float32'))
+  auto = harvest(config('auto', 'auto'), SUBJECT)
+  assert auto.config == harvest(config('bfloat16', 'own'), SUBJECT).config
+  for path in (tmp_path / 'own' / 'sites').rglob('*.bin'):
+    other = tmp_path / 'auto' / path.relative_to(tmp_path / 'own')
+    assert path.read_bytes() == other.read_bytes()
+
+
 def test_another_config_text_or_model_is_refused(store, text, tmp_path):
   config = tiny_config(text, store)
   config.harvest.seed = 1
