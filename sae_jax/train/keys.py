@@ -24,6 +24,8 @@ def set_keys(config: Config, changes: Mapping[str, Any], what: str) -> None:
       raise UserError(
         f'{what}.{key}={value!r}: must be a {type(flat[key]).__name__}'
       )
+    if type(flat[key]) is int and type(value) is float and value.is_integer():
+      value = int(value)  # 1e6 for an integer
     *path, last = key.split('.')
     node = config
     for part in path:
