@@ -3,7 +3,8 @@
 #
 # Makes an environment, fetches a small model and public-domain text, harvests
 # activations, trains, evaluates, prints a table and the path of a report.
-# Options: --budget=small (a rehearsal of two minutes), --recipe=jumprelu|topk.
+# Options: --minutes=10 (what it fits into, after installation and downloads; 0:
+# any), --budget=small (a rehearsal of two minutes), --recipe=jumprelu|topk.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 source "$ROOT/scripts/env.sh"
