@@ -75,7 +75,8 @@ def check_config(config: Config) -> None:
       f'harvest.sites: write a tuple: --config.harvest.sites="({h.sites!r},)"'
     )
   sites = list(h.sites)
-  if not sites or len(set(sites)) < len(sites):
+  words = {site for site in sites if isinstance(site, str)}
+  if not sites or len(words) < len(sites):
     raise UserError(f'harvest.sites: {sites}; name one or more, each once')
   for key in ('model', 'text', 'store'):
     if not config[key].path:

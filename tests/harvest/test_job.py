@@ -180,6 +180,7 @@ def bad(c, key, value):
     ('harvest.sites', ('layer_9.mlp_out',), 'nearest is layer_2.mlp_out'),
     ('harvest.sites', (), 'name one or more'),
     ('harvest.sites', SITES[:1] * 2, 'each once'),
+    ('harvest.sites', (5,), 'name one or more'),
     ('harvest.rows', 5000, '5,000 are needed: about .* bytes of text'),
     ('harvest.rows', 70, 'need at least 80'),
     ('harvest.rows', -1, 'use 0 for all'),
