@@ -241,14 +241,14 @@ def differing_keys(
 ) -> list[str]:
   """Dotted keys that differ between two nested dicts of JSON.
 
-  Less those that do not alter a row: where things lie.
+  Less those that do not alter a row: where things lie, new keys that are off.
   """
   keys = []
   for key in sorted(old.keys() | new.keys()):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       keys += differing_keys(a, b, f'{prefix}{key}.')
-    elif a != b and key not in _NOT_COMPARED:
+    elif a != b and key not in _NOT_COMPARED and (key in old or b):
       keys.append(prefix + key)
   return keys
 

@@ -173,8 +173,8 @@ def _run(
         look = look and (step == last or step % every(c.eval_rows) == 0)
         if held_out is not None and (look or save):
           states = job.settle(states, held_out)
-        if look:
-          progress.write(step, _evaluate(job, states, held_out))
+          if look:
+            progress.write(step, _evaluate(job, states, held_out))
         # Going back must lead behind what is being skipped.
         save = save and (over or ahead or not any(s.in_a_row for s in skips))
         if save and step != checkpoints[0].latest():

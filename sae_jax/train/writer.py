@@ -19,12 +19,16 @@ from sae_jax.paths import write_atomic
 # not: 2 s of every start. None makes it not importable meanwhile.
 _torch = sys.modules.setdefault('torch', None)  # type: ignore[arg-type]
 # Not its writers: those wait for a thread that a full disk has ended.
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
-from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+from tensorboardX.proto import event_pb2, summary_pb2  # noqa: E402
 from tensorboardX.record_writer import masked_crc32c  # noqa: E402
 
 if _torch is None:
   del sys.modules['torch']
+
+# Made when they are imported: no type checker sees them.
+Event: Any = event_pb2.Event  # type: ignore
+SessionLog: Any = event_pb2.SessionLog  # type: ignore
+Summary: Any = summary_pb2.Summary  # type: ignore
 
 
 class Writer:

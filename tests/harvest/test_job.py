@@ -14,7 +14,12 @@ from sae_jax.harvest import job, planning
 from sae_jax.harvest.job import batch, harvest
 from sae_jax.lm.model import forward
 from sae_jax.store import reader
+<<<<<<< HEAD
 from sae_jax.store.manifest import Site, read_manifest
+=======
+from sae_jax.store.manifest import read_manifest
+from sae_jax.store.plan import differing_keys
+>>>>>>> model
 
 SUBJECT = tiny_subject()
 SUBJECT = dataclasses.replace(SUBJECT, cfg=dataclasses.replace(CFG, context=20))
@@ -166,6 +171,13 @@ def test_another_config_text_or_model_is_refused(store, text, tmp_path):
   other = dataclasses.replace(SUBJECT, weights_sha256='others')
   with pytest.raises(UserError, match=r'different: model \(weights_sha256\)'):
     harvest(tiny_config(text, store), other)
+
+
+def test_a_store_may_be_older_than_a_key():
+  old = {'model': {'kind': 'hf'}}
+  assert not differing_keys(old, {'model': {'kind': 'hf', 'weights': ''}})
+  new = {'model': {'kind': 'hf', 'weights': 'x'}}
+  assert differing_keys(old, new) == ['model.weights']
 
 
 def bad(c, key, value):
