@@ -14,12 +14,8 @@ from sae_jax.harvest import job, planning
 from sae_jax.harvest.job import batch, harvest
 from sae_jax.lm.model import forward
 from sae_jax.store import reader
-<<<<<<< HEAD
 from sae_jax.store.manifest import Site, read_manifest
-=======
-from sae_jax.store.manifest import read_manifest
 from sae_jax.store.plan import differing_keys
->>>>>>> model
 
 SUBJECT = tiny_subject()
 SUBJECT = dataclasses.replace(SUBJECT, cfg=dataclasses.replace(CFG, context=20))
