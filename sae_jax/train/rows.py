@@ -84,7 +84,11 @@ def warn_of_norms(source: BatchSource) -> None:
   if source.bound:
     logging.info('store: rows beyond a norm of %.4g are left out', source.bound)
   elif processes.is_first():
-    found = reader.outliers(root, site)
+    try:
+      found = reader.outliers(root, site)
+    except UserError as error:  # a bad block: train.on_bad_block may skip it
+      logging.warning('norms of rows are not looked at: %s', error)
+      return
     largest = reader.sizes(root, site).largest
     if found['share'] > 0.01 or largest > found['limit']:
       said = f'{site}: {found["said"]}, numbers reach {largest:.3g}'
