@@ -35,9 +35,8 @@ def _flat(budget=40):
   s = _sae(activations.TopK(K))
   z = s.pre(n)
   floor = jnp.asarray(rng.uniform(0.5, 1.5, F), jnp.float32)
-  code, count, over = candidates.above(s, n, floor, floor + 0.1, budget)
+  code, over = candidates.above(s, n, floor, budget)
   assert not over and code.count == (z > floor).sum()
-  assert count == (z > floor + 0.1).sum()
   return code, jnp.where(z > floor, z, 0), z > floor
 
 
@@ -79,9 +78,35 @@ def test_a_list_that_is_too_short_says_so():
   n = jnp.asarray(rng.normal(size=(B, D)), jnp.float32)
   s = _sae(activations.TopK(K))
   floor = jnp.zeros(F)
-  assert candidates.above(s, n, floor, floor, 40)[2]
-  assert not candidates.above(s, n, floor, floor, F)[2]
-  assert candidates.above(s, n.at[3, 3].set(jnp.nan), floor + 9, floor, 1)[2]
+  assert candidates.above(s, n, floor, 40)[1]
+  assert not candidates.above(s, n, floor, F)[1]
+  assert candidates.above(s, n.at[3, 3].set(jnp.nan), floor + 9, 1)[1]
+
+
+@pytest.mark.parametrize('rows', [4, B])
+def test_the_largest_of_chunks(monkeypatch, rows):
+  """Each chunk's list holds what is above a floor of its own, half full at
+  least; with room for all it holds all positive ones."""
+  monkeypatch.setattr(candidates, 'chunk_rows', lambda *_: rows)
+  n = jnp.asarray(rng.normal(size=(B, D)), jnp.float32)
+  n *= jnp.linspace(0.1, 3, B)[:, None]  # chunks differ
+  s = _sae(activations.TopK(K))
+  z = np.asarray(s.pre(n))
+  code, _, highest, over = candidates.largest(s, n, 6)
+  count = int(code.count)
+  row, z_found = (np.asarray(a)[:count] for a in (code.row, code.z))
+  assert not over and z_found.min() > 0
+  floors = []
+  for first in range(0, B, rows):
+    here = z_found[(row >= first) & (row < first + rows)]
+    of_chunk = np.sort(z[first : first + rows], None)[::-1]
+    full = min(rows, B - first) * 6
+    assert full // 2 <= len(here) <= rows * 6
+    np.testing.assert_array_equal(np.sort(here)[::-1], of_chunk[: len(here)])
+    floors.append((of_chunk[len(here)], of_chunk[len(here) - 1]))
+  assert max(low for low, _ in floors) <= highest < max(up for _, up in floors)
+  code, _, highest, over = candidates.largest(s, n, F)
+  assert not over and highest == 0 and code.count == (z > 0).sum()
 
 
 @pytest.mark.parametrize('k', [1, 2, 3, 40])
