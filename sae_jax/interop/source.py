@@ -103,8 +103,8 @@ def named(source: Source, error: NotFinite) -> UserError:
   piece, first = next((p, n) for p, n in pairs if n <= sequence)
   where = source.where(site, piece, sequence - first, position)
   return UserError(
-    f'source: {where} holds NaN or infinity (shard {error.shard} of the store): '
-    'leave that row out, or compute it again'
+    f'source: {where} holds NaN or infinity (shard {error.shard} of the store)'
+    ': leave that row out, or compute it again'
   )
 
 
