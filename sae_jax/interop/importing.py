@@ -8,7 +8,6 @@ killed, the same import goes on like a harvest.
 import bisect
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,8 @@ from sae_jax.interop.source import (
   Source,
   bar,
   identity,
+  named,
+  numbered,
   progress,
   shuffled,
 )
@@ -91,14 +92,7 @@ def import_rows(
       fill(writer, source)
       return writer.finish()
   except NotFinite as error:
-    site, sequence, position = error.place
-    numbered = reversed([*_numbered(source.pieces)])
-    piece, first = next((p, n) for p, n in numbered if n <= sequence)
-    where = source.where(site, piece, sequence - first, position)
-    raise UserError(
-      f'source: {where} holds NaN or infinity (shard {error.shard} of the '
-      'store): leave that row out, or compute it again'
-    ) from None
+    raise named(source, error) from None
 
 
 def check_options(options: Options, source: Source) -> None:
@@ -314,7 +308,7 @@ def fill(writer: StoreWriter, source: Source) -> None:
   starts, m = writer.sequences.starts, writer.manifest
   total = sum(m.shards[s].rows for s in writer.missing)
   with bar(total, 'rows') as shown:
-    for piece, begin in _numbered(source.pieces):
+    for piece, begin in numbered(source.pieces):
       count = piece.end - piece.begin
       last = min(begin + count, m.sequences)
       begin = min(begin, last)
@@ -338,14 +332,6 @@ def _overlaps(writer: StoreWriter, rows: range) -> bool:
   first, end = rows.start // size, -(-rows.stop // size)
   missing = writer.missing[bisect.bisect_left(writer.missing, first) :][:1]
   return len(rows) > 0 and any(s < end for s in missing)
-
-
-def _numbered(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int]]:
-  """Pieces with the number of their first sequence in the store."""
-  first = 0
-  for piece in pieces:
-    yield piece, first
-    first += piece.end - piece.begin
 
 
 def made_by() -> dict[str, str]:

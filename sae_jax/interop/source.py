@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sae_jax.errors import UserError
 from sae_jax.store.order import DOCUMENTS, permutation
+from sae_jax.store.shard import NotFinite
 
 PIECE_BYTES = 32 << 20  # of one site's rows that are in memory at a time
 # Of one site's rows that stay together in a shuffled source: large enough to be
@@ -85,6 +86,26 @@ def shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
   order = permutation(len(pieces), seed, DOCUMENTS)
   mixed = source._replace(pieces=[pieces[i] for i in order])
   return mixed, np.array(numbers, np.int64)[order]
+
+
+def numbered(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int]]:
+  """Pieces with the number of their first sequence in the store."""
+  first = 0
+  for piece in pieces:
+    yield piece, first
+    first += piece.end - piece.begin
+
+
+def named(source: Source, error: NotFinite) -> UserError:
+  """The same mistake, with the row's place in the source."""
+  site, sequence, position = error.place
+  pairs = reversed([*numbered(source.pieces)])
+  piece, first = next((p, n) for p, n in pairs if n <= sequence)
+  where = source.where(site, piece, sequence - first, position)
+  return UserError(
+    f'source: {where} holds NaN or infinity (shard {error.shard} of the store)'
+    ': leave that row out, or compute it again'
+  )
 
 
 def alone(ids: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
