@@ -33,6 +33,7 @@ def get_config(arg: str = 'smollm2') -> Config:
     c.store.path = cache_dir('stores', 'tiny')
     c.harvest.sites = ('layer_0.resid_post', 'layer_1.mlp_out')
     c.harvest.rows = 1000
+    c.harvest.compute_dtype = 'float32'
     c.harvest.sequence_length = 32
     c.harvest.batch_sequences = 4
     c.store.rows_per_shard = 256

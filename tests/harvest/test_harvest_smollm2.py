@@ -24,6 +24,7 @@ def start(store):
       f'--config.store.path={store}',
       "--config.harvest.sites=('layer_2.resid_post', 'layer_0.mlp_out')",
       '--config.harvest.rows=5000',
+      '--config.harvest.compute_dtype=float32',  # whatever is faster here
       '--config.harvest.batch_sequences=4',
       '--config.store.rows_per_shard=1024',
       '--config.store.dtype=bfloat16',
