@@ -178,6 +178,9 @@ def test_counts_beyond_32_bits(rows):
   exact = jnp.array([2**30, 2**30 - 2, 1], jnp.int32)
   assert select._total(exact, ()) == 2**31 - 1
   assert select._total(exact - jnp.array([0, 0, 1]), ()) == 2**31 - 2
+  assert select._total(exact + jnp.array([0, 0, 1]), ()) == 2**31 - 1
+  for most in (2**13 - 1, 2**24 - 1):  # as many rows as the limbs allow
+    assert select._total(jnp.full(2**19, most), ()) == 2**31 - 1
 
 
 def test_counts_beyond_32_bits_over_devices(mesh):

@@ -120,6 +120,14 @@ def test_intervals_of_a_line_are_those_of_students_t():
   assert (is_.high - is_.low) / 2 == pytest.approx(half, rel=0.1)
 
 
+def test_the_noise_of_few_points_is_hubers():
+  """One of five residuals beyond delta, two parameters: K = 1.1, m = 0.8."""
+  errors = np.array([0.1, -0.1, 0.1, -0.1, 5])
+  psi = 4 * 0.1**2 + 0.2**2
+  expected = 1.1 * np.sqrt(psi / 3) / 0.8
+  assert laws._scale(errors, 0.2, 2) == pytest.approx(expected)
+
+
 def test_the_same_seed_gives_the_same_intervals():
   y = _noisy(0.1 + 3 * WIDTHS**-0.4, 0.03)
   one, other = (laws.fit(IRREDUCIBLE, WIDTHS, y, seed=7) for _ in range(2))

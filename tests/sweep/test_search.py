@@ -73,6 +73,9 @@ def test_halving_spends_no_more_than_the_point_and_survives_failures():
   found, seen = play(Halving((1, 2, 3, 4), rows=10, eta=2), f, 15)
   assert found.value == 2 and {r for _, r in seen} == {10}
   assert Halving((1, 2, 3, 4), rows=10, eta=2).most(15) == [10] * 4
+  found, seen = play(Halving((1, 2, 3, 4), rows=10, eta=2), f, 20)
+  assert found.value == 2 and sorted(r for _, r in seen) == [10] * 4 + [20] * 2
+  assert Halving((1, 2, 3, 4), rows=10, eta=2).most(20) == [10] * 4 + [20] * 2
   found, _ = play(Halving((1, 2), rows=10), lambda v, r: None, 15)
   assert 'failed' in found.failure
 

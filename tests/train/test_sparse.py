@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from test_step import _config, _norm, _rows
 
@@ -74,8 +75,12 @@ def test_200_steps_are_those_of_the_dense_rule(mesh, name):
     assert share == 0
 
 
-def test_more_candidates_than_fit_take_the_dense_rule(mesh):
-  """Some batches overflow the list: same trajectory, and the share is told."""
+def test_more_candidates_than_fit_take_the_dense_rule(mesh, monkeypatch):
+  """Some batches overflow the list: same trajectory, and the share is told.
+
+  The dense rule comes in parts, and the penalty is not linear in rows.
+  """
+  monkeypatch.setattr(candidates, 'chunks', lambda rows, latents: 4)
   name = 'jumprelu_quadratic'
   found = _run(_case(name, 'sparse', mesh.axis_sizes, train_budget=24), 40)
   _check(found, _by_the_dense_rule(name, 40))
@@ -109,6 +114,9 @@ def test_nothing_changes_where_a_row_is_not_finite(mesh, name, value):
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
+  # What fires in a batch that is left out has not fired.
+  since = before.rows_since_fired + len(x)
+  np.testing.assert_array_equal(s.rows_since_fired, since)
   s, metrics = step_fn(s, put(_rows(seed=4)))
   assert metrics['train/skipped'] == 0
 
@@ -138,6 +146,9 @@ def test_moments_of_untouched_rows_are_decayed_when_a_mesh_updates_all():
   assert np.all(states['sparse'].touched == 40)
   for a, b in zip(*map(jax.tree.leaves, states.values()), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  # Moments are squares, far below that tolerance.
+  nu = [optax.tree.get(s.opt, 'nu').W_enc.sum(1) for s in states.values()]
+  np.testing.assert_allclose(*nu, rtol=1e-2)
 
 
 def test_a_batch_that_is_not_made_of_whole_chunks(monkeypatch):
