@@ -98,6 +98,7 @@ def test_endings_say_the_kind_in_any_case_and_compressed(tmp_path):
     (b'%PDF-1.7', 'binary'),
     (b'{"text": "a"}\n{"text": "b"}\n', 'JSON: give --config.text.kind=jsonl'),
   ],
+  ids=lambda value: value if isinstance(value, str) else '',
 )
 def test_text_that_is_something_else(tmp_path, raw, message):
   (tmp_path / 'a.txt').write_text('text')
