@@ -106,7 +106,7 @@ def fitting(
   """Changes of the configs, and the seconds that all stages then take: at most
   the configs' rows, and fewer latents before less than half of the rows."""
   slow, n = speed['float32'], len(recipes)
-  fixed = START * (1 + 2 * n) + n * EVALUATED / slow
+  fixed = START * (3 + 2 * n) + n * EVALUATED / slow
   trained = TRAINING_ROWS * sum(TRAINED[name] for name in recipes) / slow
   latents, part = 2 * LATENTS, 0.0
   while part < 0.4 and latents > LATENTS // 4:
