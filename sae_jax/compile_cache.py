@@ -14,7 +14,7 @@ from absl import flags, logging
 
 from sae_jax.paths import cache_dir
 
-_MAX_BYTES = 300_000_000  # a run of the demo leaves 300,000
+_MAX_BYTES = 300_000_000  # then all go; a run of the demo leaves 300,000
 _LEAST = 'jax_persistent_cache_min_compile_time_secs'
 
 
@@ -37,7 +37,10 @@ def use_cache() -> None:
   folder = Path(cache_dir('compiled', f'user{os.getuid()}-{cores}cores'))
   try:
     folder.mkdir(0o700, parents=True, exist_ok=True)
-    _prune(folder)
+    files = list(folder.glob('*-cache'))
+    if sum(path.stat().st_size for path in files) > _MAX_BYTES:
+      for path in files:  # (JAX's own bound fails for good after a kill.)
+        path.unlink(missing_ok=True)
   except OSError as error:
     return logging.info('compiled programs are not kept: %s', error)
   config.update('jax_compilation_cache_dir', str(folder))
@@ -58,14 +61,3 @@ def use_cache() -> None:
         path.unlink(missing_ok=True)
 
   warnings.showwarning = shown
-
-
-def _prune(folder: Path) -> None:
-  """Removes what was used longest ago. (JAX's own bound needs locks, which some
-  file systems lack, and fails for good after a kill.)"""
-  used = lambda p: max(p.stat().st_atime, p.stat().st_mtime)
-  room = _MAX_BYTES
-  for path in sorted(folder.glob('*-cache'), key=used, reverse=True):
-    room -= path.stat().st_size
-    if room < 0:
-      path.unlink(missing_ok=True)

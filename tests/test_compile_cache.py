@@ -74,12 +74,11 @@ def test_no_folder_of_ours(cache, monkeypatch, why):
   assert getattr(jax.config, DIR) == own
 
 
-def test_the_folder_is_bounded_and_keeps_what_was_used_last(cache, monkeypatch):
-  monkeypatch.setattr(compile_cache, '_MAX_BYTES', 250)
+def test_the_folder_is_bounded(cache, monkeypatch):
   use_cache()
-  (folder,) = cache.iterdir()
-  for name, used in {'a': 3, 'b': 1, 'c': 2}.items():
-    (folder / f'{name}-cache').write_bytes(bytes(100))
-    os.utime(folder / f'{name}-cache', (used, used))
-  compile_cache._prune(folder)
-  assert sorted(p.name for p in folder.iterdir()) == ['a-cache', 'c-cache']
+  (entry,) = compiled(cache)
+  for most, there in ((10**6, True), (100, False)):
+    monkeypatch.setattr(compile_cache, '_MAX_BYTES', most)
+    jax.config.update(DIR, None)
+    use_cache()
+    assert entry.exists() == there

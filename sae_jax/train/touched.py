@@ -31,6 +31,7 @@ from sae_jax.parallel.mesh import (
   vary,
   vary_like,
   varying,
+  zeros,
 )
 from sae_jax.train import sparse
 from sae_jax.train.sparse import Sums
@@ -92,26 +93,36 @@ def step(
     n = norm(x)
     params = params.replace(W_enc=rows.W_enc, W_dec=rows.W_dec)
 
-    def by_code(penalties):
-      found = sparse.find(params, n, penalties, dead, budget, dtype)
-      out = sparse.of_code(params, n, n, found, penalties, dead, ramp)
-      return found.over, out
+    def find(penalties):
+      return sparse.find(params, n, penalties, dead, budget, dtype)
+
+    def by_code(penalties, found):
+      return sparse.of_code(params, n, n, found, penalties, dead, ramp)
+
+    def few(rows):
+      whole = lambda: by_code(penalties, found)
+      if not aux:
+        return _after_sums(whole(), rows, adam)
+      like = jax.eval_shape(whole)
+      rest = lambda: by_code((), found._replace(aux=None))
+      padded = lambda: jax.tree.map(_pad_to, rest(), like)
+      return _after_sums(lax.cond(any_dead, whole, padded), rows, adam)
 
     def everything(rows):
       out = sparse.exact(params, n, penalties, dead, ramp, dtype)
       return _after_arrays(*out, rows, adam)
 
-    whole = lambda: by_code(penalties)
-    if any(isinstance(p, AuxK) for p in penalties):
-      like = jax.eval_shape(whole)
-      padded = lambda: jax.tree.map(_pad_to, by_code(()), like)
-      over, out = lax.cond(sum_latents(dead.sum()) > 0, whole, padded)
+    aux = any(isinstance(p, AuxK) for p in penalties)
+    any_dead = sum_latents(dead.sum()) > 0
+    whole = lambda: find(penalties)
+    if aux:
+      none = jax.tree.map(zeros, jax.eval_shape(whole).aux)
+      found = lax.cond(any_dead, whole, lambda: find(())._replace(aux=none))
     else:
-      over, out = whole()
-    few = lambda rows: _after_sums(out, rows, adam)
+      found = whole()
     if isinstance(params.act, TopK):
       return few(rows)
-    return lax.cond(over, everything, few, rows)
+    return lax.cond(found.over, everything, few, rows)
 
   params = params.replace(W_enc=None, W_dec=None)
   arguments = params, norm, x, penalties, dead, ramp, rows, adam
