@@ -61,7 +61,7 @@ class Writer:
     scalars = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
     self._event(Event(step=rows, summary=Summary(value=scalars)))
 
-  def _event(self, event: Event) -> None:
+  def _event(self, event: Any) -> None:
     event.wall_time = time.time()
     data = event.SerializeToString()
     size = struct.pack('<Q', len(data))
