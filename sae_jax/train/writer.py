@@ -19,8 +19,8 @@ from sae_jax.paths import write_atomic
 # not: 2 s of every start. None makes it not importable meanwhile.
 _torch = sys.modules.setdefault('torch', None)  # type: ignore[arg-type]
 # Not its writers: those wait for a thread that a full disk has ended.
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
-from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore # noqa: E402
 from tensorboardX.record_writer import masked_crc32c  # noqa: E402
 
 if _torch is None:
