@@ -143,11 +143,8 @@ class Checkpoints:
   def __exit__(self, *_: object) -> None:
     if '_manager' not in self.__dict__:
       return
-    try:
-      with self._disk_errors():
-        self._manager.wait_until_finished()
-    finally:
-      self._manager.close()
+    with self._disk_errors(), contextlib.closing(self._manager):
+      self._manager.wait_until_finished()
 
   def _written(self) -> None:
     """Called by Orbax's thread when all is written, before the final name."""

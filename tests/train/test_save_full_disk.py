@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 from test_state_memory import small_config, start
+from test_writer import no_file_beyond
 from train_runs import ROOT, command, overrides, run, start_children
 
 import sae_jax
+from sae_jax.errors import UserError
 from sae_jax.train import checkpoints, integrity
 
 # 0.14 MB a save; at a constant rate, half a run is the first half of it.
@@ -125,6 +127,14 @@ def test_a_disk_that_refuses_one_process_of_a_job(tmp_path, who):
   finally:
     for child in children:
       child.kill()
+
+
+def test_a_disk_that_refuses_the_last_save(tmp_path):
+  """Found on leaving, by two calls of Orbax's: one line says of which step."""
+  state = start(small_config())
+  with pytest.raises(UserError, match='step 1 could not be written'):
+    with no_file_beyond(16), checkpoints.Checkpoints(tmp_path, 2, 0) as manager:
+      manager.save(1, state, {'position': 1})
 
 
 def test_sums_that_cannot_be_made_keep_nobody_waiting(tmp_path, monkeypatch):

@@ -1,19 +1,18 @@
 """Metrics on a disk that is full for a while, or for good."""
 
 import contextlib
+import os
 import resource
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 from test_loop import _records
 
-from sae_jax.train.writer import Writer, read_metrics
+from sae_jax.train.writer import Event, Writer, read_metrics
 
 
 @contextlib.contextmanager
-def full(*files):
-  """No file grows far beyond the largest of these: a part of a line fits."""
-  size = max(file.stat().st_size for file in files) + 30
+def no_file_beyond(size):
+  """So many bytes are the most a file takes, the last ones of a write not."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
@@ -35,7 +34,8 @@ def test_a_full_disk_keeps_nothing_waiting(tmp_path, caplog, for_good):
   writer = Writer(tmp_path, 0, 0)
   write(writer, 1)
   (events,) = (tmp_path / 'tensorboard').iterdir()
-  with full(events, tmp_path / 'metrics.jsonl'):
+  largest = max(events, tmp_path / 'metrics.jsonl', key=os.path.getsize)
+  with no_file_beyond(largest.stat().st_size + 30):
     write(writer, *range(2, 40))
     assert [m['step'] for m in read_metrics(tmp_path)] == [1]
     if for_good:
