@@ -238,7 +238,7 @@ def test_int8_columns_are_measured_without_position_0(text, tmp_path):
   rows = np.random.default_rng(0).normal(size=(3, 10, 2)).astype(np.float32)
   rows[:, 0] = 1e4  # an attention sink
   site = Site('x', 2, 'int8')
-  (found,) = planning.with_columns(
+  (found,) = planning.measured(
     [site], config, lambda tokens: {'x': rows.reshape(-1, 2)}, None, True
   )
   wanted = rows[:, 1:].reshape(-1, 2).mean(axis=0)

@@ -134,7 +134,7 @@ def test_the_program(store, tmp_path):
   done = launch(f'--store={store}', '--json', '--rows=0')
   assert done.returncode == 1
   result = json.loads(done.stdout)
-  assert not result['ok'] and len(result['checks']) == 5
+  assert not result['ok'] and len(result['checks']) == 6
   assert result['checks'][1]['problems'][0]['shard'] == 2
 
   for arguments, wanted in [

@@ -64,6 +64,6 @@ def test_a_round_of_saves_is_over_before_the_next_begins():
   """A kill then leaves members one checkpoint apart."""
   said: list[str] = []
   every = [_Saves(said) for _ in range(3)]
-  job = members.Job([], *[lambda states, i: None] * 5)
+  job = members.Job([], *[lambda states, i: None] * 6)
   rounds.save(every, 1, job, None, [{}] * 3)
   assert said == ['wait'] * 3 + ['save'] * 3
