@@ -234,7 +234,7 @@ def test_sequences_beyond_the_context_where_asked(text, tmp_path):
 
 def test_int8_columns_are_measured_without_position_0(text, tmp_path):
   config = tiny_config(text, tmp_path / 's')
-  config.harvest.skip_first = 0
+  config.harvest.skip_first, config.store.dtype = 0, 'int8'
   rows = np.random.default_rng(0).normal(size=(3, 10, 2)).astype(np.float32)
   rows[:, 0] = 1e4  # an attention sink
   site = Site('x', 2, 'int8')
