@@ -7,8 +7,8 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from test_metrics import no_file_beyond
 from test_state_memory import small_config, start
-from test_writer import no_file_beyond
 from train_runs import ROOT, command, overrides, run, start_children
 
 import sae_jax
