@@ -43,14 +43,12 @@ def bussmann(c: Config) -> Config:
 
 
 def demo(c: Config) -> Config:
-  """Minutes on a laptop; as the TopK demo, and a threshold that follows
-  within a third of the 300 steps."""
+  """Minutes on a laptop; as the TopK demo."""
   c.store.path = cache_dir('stores', 'smollm2')
   # The k largest of many random latents overshoot: nearer to the best scale
   # (docs/performance.md).
   c.sae.encoder_norm = 0.45
   c.act.k = 32
-  c.act.theta_ema = 0.99
   c.loss.dead_rows = 100_000
   c.optim.lr = 1e-3
   c.train.rows = 600_000

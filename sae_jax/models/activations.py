@@ -129,8 +129,9 @@ class BatchTopK(struct.PyTreeNode):
   """ReLU of the k B largest pre-activations of a batch of B rows in training,
   of those above theta afterwards (Bussmann et al. 2024, arXiv 2412.06410).
 
-  A row alone has no batch: theta is a running mean of the smallest positive
-  latent of training's batches. No gradient touches it.
+  A row alone has no batch: theta is the smallest positive latent of held-out
+  rows selected together (`step.make_settle`), or a running mean of that of
+  training's batches where there are none. No gradient touches it.
   """
 
   theta: jax.Array  # [] in units of z; 0 before the first update

@@ -78,7 +78,8 @@ def base_config() -> Config:
   c.act.bandwidth = 0.001  # jumprelu: width of the straight-through kernel
   c.act.log_theta = False  # jumprelu: learn log(theta)
   c.act.k = 32  # topk: active latents; batchtopk: their mean over a batch
-  c.act.theta_ema = 0.999  # batchtopk: decay, a step, of the mean threshold
+  c.act.theta_ema = 0.999  # batchtopk: decay, a step, of the mean threshold,
+  # which is used where there are no held-out rows
 
   c.loss = ConfigDict()
   c.loss.l0_coef = 1e-3  # jumprelu: lambda of the L0 penalty
